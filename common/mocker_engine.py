@@ -1,0 +1,128 @@
+"""Dynamo's simulated engine, embedded: a worker with a real scheduler and KV cache and no model.
+
+It takes the time that a GPU would take (or less: `speedup`) and answers with made-up tokens. It serves the requests
+itself, in Rust; what is here starts it and turns its metrics into the load that our workers publish.
+"""
+
+import argparse
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from typing import Any
+
+from common.kv_events import publish_load
+from common.messages import LoadStat, WorkerInfo
+from common.model import locate, served_name
+from common.ports import reserved
+
+import msgspec
+from dynamo._core import _normalize_mocker_config
+from dynamo.llm import EngineType, EntrypointArgs, FpmEventSubscriber, make_engine, run_input
+from dynamo.runtime import DistributedRuntime
+
+ENDPOINT = "inference.engine.generate"
+MAX_CONTEXT = 2**20  # tokens; a simulation can be as long as one likes
+POLL_SECONDS = 0.1
+
+
+class _Requests(msgspec.Struct):
+    num_prefill_requests: int
+    num_decode_requests: int
+    sum_prefill_tokens: int
+    sum_prefill_kv_tokens: int = 0  # tokens of the prompts that were in the cache
+    sum_decode_kv_tokens: int = 0
+
+    @property
+    def requests(self) -> int:
+        return self.num_prefill_requests + self.num_decode_requests
+
+    @property
+    def tokens(self) -> int:
+        return self.sum_prefill_tokens + self.sum_prefill_kv_tokens + self.sum_decode_kv_tokens
+
+
+class _ForwardPass(msgspec.Struct):
+    """What the simulated scheduler did in a step (Dynamo's ForwardPassMetrics)."""
+
+    scheduled_requests: _Requests
+    queued_requests: _Requests
+
+
+class MockerEngine:
+    """One simulated engine: what it announces, and its run."""
+
+    def __init__(self, info: WorkerInfo, engine: Any, ports: ExitStack) -> None:
+        self.info = info
+        self._engine = engine
+        self._ports = ports
+
+    @classmethod
+    async def start(cls, args: argparse.Namespace, runtime: DistributedRuntime) -> "MockerEngine":
+        """Make the engine. It is registered once `run` runs."""
+        os.environ.setdefault("DYN_SELF_HOST_METADATA", "0")
+        located = locate(args.model)
+        name = served_name(located, args.model_name)
+        ports = ExitStack()
+        events, replay, load = ports.enter_context(reserved(3))
+        config = _normalize_mocker_config(
+            {
+                "engine": {
+                    "backend": "sglang",
+                    "block_size": args.block_size,
+                    "num_gpu_blocks": args.mocker_blocks,
+                    "speedup_ratio": args.mocker_speedup,
+                },
+                "dynamo": {"zmq_kv_events_port": events, "zmq_replay_port": replay},
+            }
+        )
+        engine = await make_engine(
+            runtime,
+            EntrypointArgs(
+                engine_type=EngineType.Mocker,
+                model_path=located,
+                model_name=name,
+                endpoint_id=ENDPOINT,
+                mocker_engine_args=config,
+                kv_cache_block_size=args.block_size,
+            ),
+        )
+        instance_id = runtime.endpoint(ENDPOINT).connection_id()
+        info = WorkerInfo(
+            instance_id=instance_id,
+            worker_id=args.worker_id or str(instance_id),
+            model=name,
+            block_size=args.block_size,
+            total_blocks=args.mocker_blocks,
+            context_length=min(MAX_CONTEXT, args.mocker_blocks * args.block_size),
+            kv_events=f"tcp://{args.host}:{events}",
+            kv_replay=f"tcp://{args.host}:{replay}",
+            load=f"tcp://{args.host}:{load}",
+        )
+        return cls(info, engine, ports)
+
+    async def run(self, runtime: DistributedRuntime) -> None:
+        """Serve requests until the runtime shuts down."""
+        await run_input(runtime, f"dyn://{ENDPOINT}", self._engine)
+
+    async def publish(self, runtime: DistributedRuntime) -> None:
+        """Publish the load. Runs until cancelled."""
+        port = self.info.load.rpartition(":")[2]
+        await publish_load(f"tcp://*:{port}", self._stats(runtime))
+
+    async def _stats(self, runtime: DistributedRuntime) -> AsyncIterator[LoadStat]:
+        metrics = FpmEventSubscriber(runtime.endpoint(ENDPOINT))
+        metrics.start_tracking()
+        capacity = self.info.total_blocks * self.info.block_size
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            if latest := metrics.get_recent_stats().get((str(self.info.instance_id), 0)):
+                step = msgspec.msgpack.decode(latest, type=_ForwardPass)
+                running, queued = step.scheduled_requests, step.queued_requests
+                yield LoadStat(
+                    running_requests=running.requests,
+                    waiting_requests=queued.requests,
+                    used_tokens=running.tokens,
+                    total_tokens=capacity,
+                    waiting_prefill_tokens=queued.sum_prefill_tokens,
+                )

@@ -1,0 +1,99 @@
+"""A model's text side: its name, chat template and tokenizer. The weights are the engine's business."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.chat import ChatMessage
+from common.errors import InvalidRequest
+from common.messages import SamplingOptions
+
+from tokenizers import Tokenizer
+
+DEFAULT_MODEL = Path(__file__).parent.parent / "models" / "random-llama"
+BLOCK_SIZE = 16  # tokens in a KV block, unless the programs are told otherwise
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that name the model. The programs of one pipeline need the same ones."""
+    parser.add_argument(
+        "--model", help="folder of the model, or its name on the Hugging Face hub; default: the one made at set-up"
+    )
+    parser.add_argument("--model-name", help="what clients call it; default: the folder's name, or the name on the hub")
+    parser.add_argument("--block-size", type=int, default=BLOCK_SIZE, help="tokens in a KV block")
+
+
+def locate(model: str | None) -> str:
+    """The folder of `model`, or its name on the Hugging Face hub. None stands for the model made at set-up.
+
+    Raises SystemExit with what to do if it is meant to be a folder and is not there.
+    """
+    if model is None:
+        if not DEFAULT_MODEL.is_dir():
+            raise SystemExit(
+                f"no model at {DEFAULT_MODEL}: make it with `python models/make_random.py`, or use --model"
+            )
+        return str(DEFAULT_MODEL)
+    if os.path.isdir(model):
+        return os.path.abspath(model)
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise SystemExit(f"no model at {model!r}: --model takes a folder, or a name on the hub like Qwen/Qwen3-0.6B")
+    return model
+
+
+def served_name(located: str, name: str | None = None) -> str:
+    """What clients call the model: `name` if given, else the folder's name or the name on the hub."""
+    return name or (os.path.basename(located) if os.path.isabs(located) else located)
+
+
+class ChatModel:
+    """Turns conversations into token ids, and knows where the model's sentences end."""
+
+    def __init__(self, located: str, name: str) -> None:
+        # Imported here: it takes seconds, and the programs that only need a name should not wait for it.
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+        self.name = name
+        self._template: Any = AutoTokenizer.from_pretrained(located)
+        if not self._template.chat_template:
+            raise SystemExit(f"{located} has no chat template, so it cannot chat")
+        if not self._template.is_fast:
+            raise SystemExit(f"{located} has no tokenizer.json, which incremental detokenization needs")
+        self.tokenizer: Tokenizer = self._template.backend_tokenizer
+        config = AutoConfig.from_pretrained(located).get_text_config()
+        self.context_length: int = config.max_position_embeddings
+        try:
+            generation = GenerationConfig.from_pretrained(located)
+        except OSError:  # the model came without one
+            generation = GenerationConfig()
+        ends = generation.eos_token_id if generation.eos_token_id is not None else self._template.eos_token_id
+        self.eos_token_ids: list[int] = sorted({ends} if isinstance(ends, int) else set(ends or ()))
+        self._sampling: Any = {
+            name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k", "min_p")
+        }
+
+    def render(self, messages: Sequence[ChatMessage]) -> str:
+        """The conversation as the model's chat template writes it, ready for the answer.
+
+        Raises InvalidRequest if the template does not accept it, in the template's words.
+        """
+        from jinja2 import TemplateError
+
+        plain = [{**message.model_dump(exclude_none=True), "content": message.text} for message in messages]
+        try:
+            text: str = self._template.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise InvalidRequest(f"the model's chat template: {error}", param="messages") from error
+        return text
+
+    def sampling(self, **asked: float | int | None) -> SamplingOptions:
+        """What the client asked for, and for the rest what the model's makers recommend in generation_config.json."""
+        given: Any = {name: value for name, value in asked.items() if value is not None}
+        return SamplingOptions(**(self._sampling | given))
+
+    def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """The prompt's token ids. The template has written every special token, so none is added."""
+        ids: list[int] = self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids
+        return ids

@@ -1,0 +1,22 @@
+"""TCP ports for the sockets of a process that does not take "any free port" for an answer."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+
+@contextmanager
+def reserved(count: int) -> Iterator[list[int]]:
+    """`count` free ports, given to nobody else while the block runs.
+
+    They are bound, not listened on, with SO_REUSEADDR: so a server that sets it too, as ZMQ does, can listen on them
+    already, while the kernel hands them to no one who asks for any port.
+    """
+    with ExitStack() as stack:
+        ports = []
+        for _ in range(count):
+            holder = stack.enter_context(socket.socket())
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("", 0))
+            ports.append(holder.getsockname()[1])
+        yield ports

@@ -1,0 +1,106 @@
+"""Calling an endpoint of another program."""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Generic, TypeVar
+
+from common.errors import Cancelled, Internal, PipelineError, Unavailable, from_exception
+
+import msgspec
+from dynamo.runtime import Client, Context, DistributedRuntime
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+RETRY_SECONDS = 0.1
+
+
+class Remote(Generic[Item]):
+    """An endpoint of another program, whose stream is of one type of message."""
+
+    def __init__(self, path: str, client: Client, item: type[Item]) -> None:
+        self.path = path
+        self._client = client
+        self._item = item
+
+    @classmethod
+    async def connect(cls, runtime: DistributedRuntime, path: str, item: type[Item]) -> "Remote[Item]":
+        """Follow the instances of `path` ("namespace.component.endpoint"), of which there may be none yet."""
+        return cls(path, await runtime.endpoint(path).client(), item)
+
+    def instance_ids(self) -> list[int]:
+        """The instances that are registered now."""
+        return self._client.instance_ids()
+
+    async def wait(self) -> None:
+        """Return once an instance is there, saying what is being waited for."""
+        while not self.instance_ids():
+            log.info("waiting for %s", self.path)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._client.wait_for_instances(), timeout=10)
+
+    async def stream(self, request: object, context: Context, instance_id: int | None = None) -> AsyncGenerator[Item]:
+        """Send `request` to one instance, or to the next in turn, and yield what it answers.
+
+        Stopping `context` ends the stream at both ends. Raises PipelineError: what the other side raised, Unavailable
+        if it cannot be reached or dies, Cancelled if `context` was stopped first.
+        """
+        body = msgspec.to_builtins(request)
+        try:
+            if instance_id is None:
+                items = await self._client.round_robin(body, annotated=False, context=context)
+            else:
+                items = await self._client.direct(body, instance_id, annotated=False, context=context)
+            async for item in items:
+                yield self._decode(item)
+        except PipelineError:
+            raise
+        except Exception as error:  # the runtime raises ValueError and Exception with the kind in the text
+            if context.is_stopped():
+                raise Cancelled("the caller went away") from error
+            raise from_exception(error) from error
+
+    async def call(self, request: object, instance_id: int | None = None) -> Item:
+        """Send `request` and return the one message that answers it."""
+        async with self.open(request, instance_id) as first:
+            return first
+
+    @asynccontextmanager
+    async def open(
+        self, request: object, instance_id: int | None = None, *, patience: float = 0.0
+    ) -> AsyncIterator[Item]:
+        """Send `request`, hand out the first message of the answer, and keep the stream open for as long as the block
+        runs: the other side sees when it ends, however it ends.
+
+        patience: seconds to go on asking while nobody can be reached; a program that was restarted is back by then.
+        """
+        now = asyncio.get_running_loop().time
+        deadline = now() + patience
+        while True:
+            context = Context(uuid.uuid4().hex)
+            items = self.stream(request, context, instance_id)
+            try:
+                try:
+                    first = await anext(items)
+                except StopAsyncIteration:
+                    raise Internal(f"{self.path} answered nothing") from None
+                except Unavailable as error:
+                    if error.code or now() > deadline:  # with a code, somebody was reached and said so
+                        raise
+                    await asyncio.sleep(RETRY_SECONDS)
+                    continue
+                yield first
+                return
+            finally:
+                context.stop_generating()
+                await items.aclose()
+
+    def _decode(self, item: object) -> Item:
+        try:
+            return msgspec.convert(item, self._item)
+        except msgspec.ValidationError as error:
+            raise Internal(f"{self.path} sent a message that is not a {self._item.__name__}: {error}") from error

@@ -1,0 +1,258 @@
+"""SGLang as a worker of Dynamo's protocol: token ids in, token ids out."""
+
+import argparse
+import asyncio
+import json
+import logging
+import random
+import secrets
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from common import sglang_cpu
+from common.errors import Internal, InvalidRequest, Overloaded
+from common.kv_events import load_stats
+from common.messages import EngineOutput, GenerateRequest, PromptTokensDetails, SamplingOptions, Usage, WorkerInfo
+from common.model import locate, served_name
+from common.ports import reserved
+
+from dynamo.llm import (
+    KvEventPublisher,
+    ModelInput,
+    ModelRuntimeConfig,
+    ModelType,
+    WorkerMetricsPublisher,
+    WorkerType,
+    register_model,
+    unregister_model,
+)
+from dynamo.runtime import Context, DistributedRuntime
+
+log = logging.getLogger(__name__)
+
+TOPIC = "kv-events"
+CPU_CACHE_BYTES = 2**30  # memory for the KV cache of an engine on a CPU,
+CPU_CACHE_TOKENS = 65536  # and no more than this, which is a lot for what a CPU can serve
+CPU_REQUESTS = 16  # decoded together; more only take each other's time
+RESERVED_BLOCKS = 4  # that a request must leave over in SGLang's KV cache, or 0.5.21 never schedules it
+ABORT_SECONDS = 0.05  # between attempts to abort a request that SGLang may not know yet
+
+
+class SglangEngine:
+    """One SGLang engine: what it announces, and how it is asked."""
+
+    def __init__(self, engine: Any, located: str, info: WorkerInfo, *, seeded: bool, min_p: bool) -> None:
+        self._engine = engine
+        self._located = located
+        self._seeded = seeded
+        self._min_p = min_p
+        self.info = info
+
+    @classmethod
+    def start(cls, args: argparse.Namespace, instance_id: int, on_sigterm: Callable[[], None]) -> "SglangEngine":
+        """Load the model and start SGLang's processes, which takes from seconds on a CPU to minutes on a GPU."""
+        import torch
+
+        cpu = not torch.cuda.is_available()
+        if cpu:
+            log.info("no GPU found, so SGLang runs on the CPU")
+            sglang_cpu.activate()
+        import sglang
+
+        located = locate(args.model)
+        with reserved(3) as (events, replay, load):
+            kv_events = {
+                "publisher": "zmq",
+                "topic": TOPIC,
+                "endpoint": f"tcp://*:{events}",
+                "replay_endpoint": f"tcp://*:{replay}",
+            }
+            engine = sglang.Engine(
+                model_path=located,
+                skip_tokenizer_init=True,
+                page_size=args.block_size,
+                stream_interval=args.stream_interval,
+                incremental_streaming_output=True,
+                enable_deterministic_inference=cpu or args.deterministic,
+                kv_events_config=json.dumps(kv_events),
+                load_publish_endpoint=f"tcp://*:{load}",
+                log_level="error" if cpu else "warning",  # the stand-ins make it warn of models that need more
+                **(_cpu_options(located) if cpu else _gpu_options(args)),
+            )
+        cache_tokens = engine._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"]
+        info = WorkerInfo(
+            instance_id=instance_id,
+            worker_id=args.worker_id or str(instance_id),
+            model=served_name(located, args.model_name),
+            block_size=args.block_size,
+            total_blocks=cache_tokens // args.block_size,
+            context_length=min(engine.tokenizer_manager.context_len, cache_tokens - RESERVED_BLOCKS * args.block_size),
+            kv_events=f"tcp://{args.host}:{events}",
+            kv_replay=f"tcp://{args.host}:{replay}",
+            load=f"tcp://{args.host}:{load}",
+        )
+        _keep_sigterm(engine.tokenizer_manager, on_sigterm)
+        return cls(engine, located, info, seeded=cpu or args.deterministic, min_p=cpu or not args.deterministic)
+
+    async def generate(self, request: GenerateRequest, context: Context) -> AsyncIterator[EngineOutput]:
+        """Yield the answer's tokens as they are made. Stopping `context` aborts the request in SGLang."""
+        params = self._sampling_params(request)
+        if context.is_stopped():
+            return
+        # SGLang aborts every request whose id begins with the one that is named, so no id may begin another.
+        rid = f"{context.id()}.{secrets.token_hex(4)}"
+        abort = asyncio.create_task(self._abort_when_stopped(context, rid))
+        try:
+            chunks = await self._engine.async_generate(
+                input_ids=request.token_ids, sampling_params=params, rid=rid, stream=True
+            )
+            first = True
+            async for chunk in chunks:
+                output = _output(chunk, first)
+                yield output
+                first = False
+                if output.finish_reason:
+                    return
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
+        finally:
+            abort.cancel()
+            self._engine.tokenizer_manager.abort_request(rid)  # does nothing if it has ended
+
+    async def publish(self, runtime: DistributedRuntime, register: bool) -> None:
+        """Tell Dynamo's event plane of the KV events and the load; with `register`, also make the model known to
+        Dynamo's own frontend and router. Runs until cancelled."""
+        endpoint = runtime.endpoint("inference.engine.generate")
+        metrics = WorkerMetricsPublisher()
+        await metrics.create_endpoint(endpoint)
+        relay = KvEventPublisher(
+            endpoint, kv_block_size=self.info.block_size, zmq_endpoint=self.info.kv_events, zmq_topic=TOPIC
+        )
+        try:
+            if register:
+                await self._register(endpoint)
+            async for stat in load_stats(self.info.load):
+                blocks = stat.used_tokens // self.info.block_size
+                metrics.publish(active_decode_blocks=blocks, kv_used_blocks=blocks)
+        finally:
+            relay.shutdown()
+            if register:
+                await unregister_model(endpoint)
+
+    async def _register(self, endpoint: Any) -> None:
+        config = ModelRuntimeConfig()
+        config.context_length = self.info.context_length
+        config.total_kv_blocks = self.info.total_blocks
+        await register_model(
+            ModelInput.Tokens,
+            ModelType.Chat,
+            endpoint,
+            self._located,
+            model_name=self.info.model,
+            kv_cache_block_size=self.info.block_size,
+            runtime_config=config,
+            worker_type=WorkerType.Aggregated,
+        )
+        log.info("registered %s with Dynamo", self.info.model)
+
+    def close(self) -> None:
+        """End SGLang's processes."""
+        self._engine.shutdown()
+
+    def _sampling_params(self, request: GenerateRequest) -> dict[str, Any]:
+        stop, prompt = request.stop_conditions, len(request.token_ids)
+        if not prompt:
+            raise InvalidRequest("the prompt is empty")
+        room = self.info.context_length - prompt
+        if room < (stop.max_tokens or 1):
+            raise InvalidRequest(
+                f"worker {self.info.worker_id} holds {self.info.context_length} tokens; the prompt has {prompt} and "
+                f"{stop.max_tokens or 1} were asked for",
+                code="context_length_exceeded",
+            )
+        if request.sampling_options.min_p and not self._min_p:
+            raise InvalidRequest("this worker runs with --deterministic, which SGLang 0.5.21 cannot do with min_p")
+        params: dict[str, Any] = {
+            "max_new_tokens": stop.max_tokens or room,
+            "min_new_tokens": stop.min_tokens or 0,
+            "ignore_eos": bool(stop.ignore_eos),
+            "stop_token_ids": [*(stop.stop_token_ids or ()), *(() if stop.ignore_eos else request.eos_token_ids)],
+        }
+        return params | _sampling_options(request.sampling_options, self._seeded)
+
+    async def _abort_when_stopped(self, context: Context, rid: str) -> None:
+        await context.async_killed_or_stopped()
+        while True:
+            self._engine.tokenizer_manager.abort_request(rid)
+            await asyncio.sleep(ABORT_SECONDS)
+
+
+def _sampling_options(options: SamplingOptions, seeded: bool) -> dict[str, Any]:
+    """Dynamo's sampling options in SGLang's names, without those that are not set."""
+    params = {name: value for name in options.__struct_fields__ if (value := getattr(options, name)) is not None}
+    seed = params.pop("seed", None)
+    if seeded:  # SGLang then gives every request that names no seed the same one
+        params["sampling_seed"] = random.getrandbits(63) if seed is None else seed
+    return params
+
+
+def _output(chunk: dict[str, Any], first: bool) -> EngineOutput:
+    """One of SGLang's chunks in Dynamo's words."""
+    meta = chunk["meta_info"]
+    finish = meta["finish_reason"] or {}
+    reason = finish.get("type")
+    if reason == "abort":
+        _raise_if_failed(finish)
+        reason = "cancelled"
+    usage = None
+    if first or reason:
+        usage = Usage(
+            prompt_tokens=meta["prompt_tokens"],
+            completion_tokens=meta["completion_tokens"],
+            total_tokens=meta["prompt_tokens"] + meta["completion_tokens"],
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=meta["cached_tokens"]),
+        )
+    return EngineOutput(token_ids=list(chunk["output_ids"]), finish_reason=reason, completion_usage=usage)
+
+
+def _raise_if_failed(finish: dict[str, Any]) -> None:
+    """SGLang ends a request that it could not run as aborted too, with an HTTP status."""
+    status = finish.get("status_code")
+    if status is None:
+        return
+    kind = {400: InvalidRequest, 429: Overloaded, 503: Overloaded}.get(int(status), Internal)
+    raise kind(finish.get("message") or "SGLang gave the request up")
+
+
+def _keep_sigterm(manager: Any, on_sigterm: Callable[[], None]) -> None:
+    """SGLang takes over SIGTERM with its first request, to end the process its own way; keep it ours."""
+
+    class Handler(manager.signal_handler_class):  # type: ignore[misc]
+        def sigterm_handler(self, signum: object = None, frame: object = None) -> None:
+            on_sigterm()
+
+    manager.signal_handler_class = Handler
+
+
+def _gpu_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {} if args.gpu_memory_fraction is None else {"mem_fraction_static": args.gpu_memory_fraction}
+
+
+def _cpu_options(located: str) -> dict[str, Any]:
+    """What makes SGLang run without a GPU. float32, because its sums come out the same whatever runs beside them."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(located).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_per_token = config.num_hidden_layers * heads * width * 2 * 4  # keys and values, of four bytes
+    return {
+        "device": "cpu",
+        "dtype": "float32",
+        "attention_backend": "torch_native",
+        "disable_overlap_schedule": True,
+        "disable_cuda_graph": True,
+        "max_total_tokens": min(CPU_CACHE_TOKENS, CPU_CACHE_BYTES // bytes_per_token),
+        "max_running_requests": CPU_REQUESTS,
+        "sleep_on_idle": True,  # or its scheduler takes a whole core to wait
+    }

@@ -1,0 +1,308 @@
+"""Frontend: the pipeline's door, an OpenAI-compatible HTTP server.
+
+    POST /v1/chat/completions               streamed or not
+    GET  /v1/models  /health  /live
+    inference.frontend.chat_completions     the same for other Dynamo components, always streamed
+
+It gives each request its id, passes it to a processor, and writes what comes back as server-sent events or as one JSON
+body. When the client hangs up, it stops the request, wherever that is by then.
+
+It knows nothing about models, tokens or workers.
+
+In production Dynamo this is `python -m dynamo.frontend` (lib/llm/src/http/service), a Rust server that has the
+processor and the router in the same process.
+"""
+
+import argparse
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from common.chat import (
+    AssistantMessage,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    Choice,
+    ModelCard,
+    ModelList,
+    Routing,
+)
+from common.errors import Internal, InvalidRequest, NotFound, Overloaded, PipelineError, Unavailable
+from common.messages import DescribeRequest, Usage
+from common.program import Program, parser, run
+from common.remote import Remote
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 32 * 2**20  # the largest message that launch.sh lets through NATS
+MAX_REQUEST_ID = 128
+
+STAGES = {
+    "processor": "inference.processor.process",
+    "router": "inference.router.find_worker",
+    "engine": "inference.engine.generate",
+}
+
+
+class Frontend:
+    """Answers HTTP requests with what the processors make of them."""
+
+    def __init__(
+        self,
+        program: Program,
+        processors: Remote[ChatCompletionChunk],
+        describe: Remote[ModelCard],
+        stages: dict[str, Remote[Any]],
+    ) -> None:
+        self._program = program
+        self._processors = processors
+        self._describe = describe
+        self._stages = stages
+
+    def app(self) -> web.Application:
+        """The HTTP server's routes."""
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[answers_in_json])
+        app.on_response_prepare.append(add_request_id)
+        app.router.add_post("/v1/chat/completions", self.post_chat_completions)
+        app.router.add_get("/v1/models", self.get_models)
+        app.router.add_get("/health", self.get_health)
+        app.router.add_get("/live", self.get_live)
+        return app
+
+    async def chat_completions(
+        self, request: dict[str, object], context: Context
+    ) -> AsyncGenerator[ChatCompletionChunk]:
+        """Yield the answer to a chat completion request, chunk by chunk; a last chunk has the usage."""
+        async with aclosing(self._processors.stream(request, context)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def post_chat_completions(self, http: web.Request) -> web.StreamResponse:
+        body = await json_body(http)
+        request = ChatCompletionRequest.parse(body)
+        # The runtime tells requests apart by their context's id, so that is never the caller's choice.
+        context = Context(uuid.uuid4().hex, {"x-request-id": http["request_id"]})
+        record = Record(http["request_id"])
+        with self._program.in_progress():
+            try:
+                async with aclosing(record.watch(self.chat_completions(body, context))) as chunks:
+                    if request.stream:
+                        return await send_events(http, request, chunks)
+                    return await send_whole(chunks)
+            except BaseException as error:
+                record.error = error
+                raise
+            finally:
+                context.stop_generating()
+                record.write()
+
+    async def get_models(self, http: web.Request) -> web.Response:
+        card = await self._describe.call(DescribeRequest())
+        return json_response(ModelList(data=[card]))
+
+    async def get_health(self, http: web.Request) -> web.Response:
+        """Whether a request would be answered: 200 if every stage has an instance, else 503."""
+        instances = {stage: len(remote.instance_ids()) for stage, remote in self._stages.items()}
+        healthy = all(instances.values()) and not self._program.stopping
+        body = {"status": "healthy" if healthy else "unhealthy", "instances": instances}
+        return web.json_response(body, status=200 if healthy else 503)
+
+    async def get_live(self, http: web.Request) -> web.Response:
+        return web.json_response({"status": "live"})
+
+
+async def send_events(
+    http: web.Request, request: ChatCompletionRequest, chunks: AsyncIterator[ChatCompletionChunk]
+) -> web.StreamResponse:
+    """Write the answer as server-sent events. Once the first one is out, an error can only be one of them."""
+    include_usage = request.stream_options is not None and request.stream_options.include_usage
+    first = await anext(chunks)
+    response = web.StreamResponse(
+        headers={"content-type": "text/event-stream", "cache-control": "no-cache", **routing_headers(first)}
+    )
+    await response.prepare(http)
+    try:
+        await response.write(event(first))
+        async for chunk in chunks:
+            if chunk.choices or include_usage:
+                await response.write(event(chunk))
+        await response.write(b"data: [DONE]\n\n")
+    except PipelineError as error:
+        await response.write(event(error.body))
+    await response.write_eof()
+    return response
+
+
+async def send_whole(chunks: AsyncIterator[ChatCompletionChunk]) -> web.Response:
+    """Collect the answer and return it as one JSON body."""
+    first = await anext(chunks)
+    parts: list[str] = []
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+    def add(chunk: ChatCompletionChunk) -> None:
+        nonlocal finish_reason, usage
+        for choice in chunk.choices:
+            parts.append(choice.delta.content or "")
+            finish_reason = choice.finish_reason or finish_reason
+        usage = chunk.usage or usage
+
+    add(first)
+    async for chunk in chunks:
+        add(chunk)
+    message = AssistantMessage(content="".join(parts))
+    completion = ChatCompletion(
+        id=first.id,
+        created=first.created,
+        model=first.model,
+        choices=[Choice(message=message, finish_reason=finish_reason)],
+        usage=usage,
+    )
+    return json_response(completion, headers=routing_headers(first))
+
+
+class Record:
+    """What the log says about a request, in one line."""
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
+        self._began = time.perf_counter()
+        self._first: float | None = None
+        self._routing: Routing | None = None
+        self._usage: Usage | None = None
+        self._finish_reason: str | None = None
+        self.error: BaseException | None = None
+
+    async def watch(self, chunks: AsyncGenerator[ChatCompletionChunk]) -> AsyncGenerator[ChatCompletionChunk]:
+        """Pass the chunks on, and remember what they say."""
+        async with aclosing(chunks):
+            try:
+                async for chunk in chunks:
+                    self._note(chunk)
+                    yield chunk
+            except PipelineError as error:
+                self.error = error
+                raise
+
+    def _note(self, chunk: ChatCompletionChunk) -> None:
+        if self._first is None:
+            self._first = time.perf_counter()
+        self._routing = chunk.routing or self._routing
+        self._usage = chunk.usage or self._usage
+        for choice in chunk.choices:
+            self._finish_reason = choice.finish_reason or self._finish_reason
+
+    def write(self) -> None:
+        """Log the request as key=value pairs."""
+        status = 200 if self.error is None else getattr(self.error, "http_status", 499)
+        fields: dict[str, object] = {"request_id": self._request_id, "status": status}
+        if self._routing:
+            fields |= {"worker": self._routing.worker_id, "overlap_blocks": self._routing.overlap_blocks}
+        if self._usage and self._usage.prompt_tokens_details:
+            fields["prompt_tokens"] = self._usage.prompt_tokens
+            fields["cached_tokens"] = self._usage.prompt_tokens_details.cached_tokens
+            fields["completion_tokens"] = self._usage.completion_tokens
+        if self._finish_reason:
+            fields["finish_reason"] = self._finish_reason
+        if self._first is not None:
+            fields["ttft_ms"] = round((self._first - self._began) * 1000, 1)
+        fields["duration_ms"] = round((time.perf_counter() - self._began) * 1000, 1)
+        if isinstance(self.error, PipelineError):
+            fields["error"] = json.dumps(self.error.message)
+        log.info("request %s", " ".join(f"{name}={value}" for name, value in fields.items()))
+
+
+def event(data: object) -> bytes:
+    """A server-sent event."""
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+def json_response(data: object, **options: Any) -> web.Response:
+    return web.Response(body=msgspec.json.encode(data), content_type="application/json", **options)
+
+
+def routing_headers(chunk: ChatCompletionChunk) -> dict[str, str]:
+    """The response headers that say who answers, taken out of the first chunk."""
+    routing, chunk.routing = chunk.routing, msgspec.UNSET
+    if not routing:
+        return {}
+    return {"x-worker-id": routing.worker_id, "x-kv-overlap-blocks": str(routing.overlap_blocks)}
+
+
+async def json_body(http: web.Request) -> dict[str, object]:
+    try:
+        return msgspec.json.decode(await http.read(), type=dict[str, object])
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"the request body must be a JSON object: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the request body is not valid JSON: {error}") from error
+
+
+def request_id_of(http: web.Request) -> str:
+    """The caller's id for this request, or a new one."""
+    request_id = http.headers.get("x-request-id", "")
+    if len(request_id) > MAX_REQUEST_ID or not request_id.isascii() or not (request_id + "x").isprintable():
+        raise InvalidRequest(f"x-request-id must be at most {MAX_REQUEST_ID} printable ASCII characters")
+    return request_id or uuid.uuid4().hex
+
+
+@web.middleware
+async def answers_in_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give every request an id, and every error OpenAI's body."""
+    request["request_id"] = uuid.uuid4().hex
+    try:
+        request["request_id"] = request_id_of(request)
+        return await handler(request)
+    except PipelineError as error:
+        retry = {"retry-after": "1"} if isinstance(error, (Unavailable, Overloaded)) else {}
+        return web.json_response(error.body, status=error.http_status, headers=retry)
+    except web.HTTPException as error:
+        kind = NotFound if error.status == 404 else InvalidRequest
+        body = kind(f"{request.method} {request.path}: {error.reason}").body
+        return web.json_response(body, status=error.status)
+    except ConnectionError:  # the client hung up while we wrote
+        raise
+    except Exception as error:
+        log.exception("request %s failed", request["request_id"])
+        return web.json_response(Internal(f"{type(error).__name__}: {error}").body, status=500)
+
+
+async def add_request_id(http: web.Request, response: web.StreamResponse) -> None:
+    response.headers["x-request-id"] = http["request_id"]
+
+
+@dynamo_worker()
+async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
+    processors = await Remote.connect(runtime, STAGES["processor"], ChatCompletionChunk)
+    describe = await Remote.connect(runtime, "inference.processor.describe", ModelCard)
+    stages = {stage: await Remote.connect(runtime, path, object) for stage, path in STAGES.items()}
+    async with Program(runtime, args) as program:
+        frontend = Frontend(program, processors, describe, stages)
+        await program.serve("inference.frontend.chat_completions", frontend.chat_completions, dict[str, object])
+        runner = web.AppRunner(frontend.app(), handler_cancellation=True, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, args.host, args.port).start()
+        log.info("listening on http://%s:%d", args.host, args.port)
+        try:
+            await program.needs(*stages.values())
+            await program.stopped()
+            await program.drain()
+        finally:
+            await runner.cleanup()
+
+
+if __name__ == "__main__":
+    options = parser(__doc__)
+    options.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    options.add_argument("--port", type=int, default=8000)
+    run(main, options.parse_args())

@@ -1,0 +1,408 @@
+"""Runs the whole pipeline on this machine: NATS, etcd, the engines, the router, the processor and the frontend.
+
+Starts each part, waits until all are ready, checks them with a real request, and then watches over them: a part that
+dies is started again. Ctrl-C ends everything in order.
+
+With NATS_SERVER or ETCD_ENDPOINTS set, those servers are used and none is started.
+"""
+
+import argparse
+import asyncio
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parent.parent
+NATS_PAYLOAD = "32MB"  # a prompt of a million tokens is about 7 MB of token ids
+START_SECONDS = 900  # a large model takes minutes to load, and to download even longer
+STOP_SECONDS = 40  # the programs give requests in progress 30
+BACK_OFF = (1.0, 30.0)  # seconds before a part is started again, at first and at most
+STEADY_SECONDS = 60  # after so long the next death counts as the first
+GPU_SHARE = 0.85  # of a GPU's memory for engines
+PR_SET_PDEATHSIG = 1
+
+
+class LaunchError(Exception):
+    """The pipeline cannot start, with what to do about it."""
+
+
+@dataclass
+class Part:
+    """A process of the pipeline."""
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    ready: str  # what its log says when it is ready
+    environment: Mapping[str, str] = field(default_factory=dict)
+    process: asyncio.subprocess.Process | None = None
+    _log_start: int = 0
+
+    async def start(self) -> None:
+        """Start it, or start it again."""
+        if self.process is None:
+            self.log.write_bytes(b"")
+        self._log_start = self.log.stat().st_size
+        with self.log.open("ab") as output:
+            self.process = await asyncio.create_subprocess_exec(
+                *self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=REPOSITORY,
+                env={**os.environ, **self.environment},
+                start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the parts in order
+                preexec_fn=_die_with_parent(os.getpid()),
+            )
+
+    async def wait_until_ready(self) -> None:
+        """Raises LaunchError if the part dies first, or takes too long."""
+        began = time.monotonic()
+        while self.ready not in self._log_text():
+            if self.process is None or self.process.returncode is not None:
+                raise LaunchError(f"{self.name} died. The end of {self.log}:\n{self.tail()}")
+            if time.monotonic() - began > START_SECONDS:
+                raise LaunchError(f"{self.name} is not ready after {START_SECONDS} s; see {self.log}")
+            await asyncio.sleep(0.1)
+        say(f"{self.name} is ready ({time.monotonic() - began:.1f} s)")
+
+    async def stop(self, seconds: float) -> None:
+        """End it with SIGTERM, after `seconds` with SIGKILL, and with it whatever it started."""
+        if self.process is None:
+            return
+        if self.process.returncode is None:
+            self.process.terminate()
+            try:
+                await asyncio.wait_for(self.process.wait(), seconds)
+            except TimeoutError:
+                say(f"{self.name} did not end after {seconds:g} s and is killed")
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        await self.process.wait()
+
+    def tail(self, lines: int = 15) -> str:
+        return "\n".join("    " + line for line in self._log_text().splitlines()[-lines:])
+
+    def _log_text(self) -> str:
+        return self.log.read_bytes()[self._log_start :].decode(errors="replace")
+
+
+def _die_with_parent(parent: int) -> Callable[[], None]:
+    """For the child between fork and exec: the kernel kills it when the launcher is gone, however that went."""
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
+
+
+class Launcher:
+    """The parts of one pipeline."""
+
+    def __init__(self, args: argparse.Namespace, extra: list[str], data: Path) -> None:
+        self._args = args
+        self._extra = extra
+        self._data = data
+        self._logs = REPOSITORY / "logs" / str(args.port)
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self._environment: dict[str, str] = {}
+        self._parts: list[Part] = []
+        self._stopping = asyncio.Event()
+        self._hurry = False
+
+    async def run(self) -> None:
+        """Start everything, watch over it until a signal comes, and end it."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop)
+        try:
+            if await self._unless_stopped(self._start()):
+                self._report()
+                await asyncio.gather(*(self._unless_stopped(self._watch(part)) for part in self._parts))
+        finally:
+            await self._end()
+
+    def _stop(self) -> None:
+        self._hurry = self._stopping.is_set()
+        self._stopping.set()
+        if self._hurry:
+            for part in self._parts:
+                if part.process and part.process.returncode is None:
+                    part.process.kill()
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Do `work` to its end, or until it is time to stop. Whether it came to its end."""
+        task, stop = asyncio.create_task(work), asyncio.create_task(self._stopping.wait())
+        await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if task.done():
+            task.result()
+            return True
+        task.cancel()
+        await asyncio.wait((task,))
+        return False
+
+    async def _start(self) -> None:
+        args = self._args
+        check_free(args.port, f"use another one: {sys.argv[0].replace('scripts/launch.py', 'launch.sh')} --port N")
+        await self._start_servers()
+        engines = [self._engine(number) for number in range(args.engines)]
+        others = [
+            self._program("router", [*self._model_options()], "serving inference.router.find_worker"),
+            self._program("processor", [*self._model_options()], "serving inference.processor.process"),
+            self._program("frontend", ["--port", str(args.port), "--host", args.host], "listening on"),
+        ]
+        await asyncio.gather(self._start_engines(engines), *(self._start_part(part) for part in others))
+        await asyncio.to_thread(self._check)
+
+    async def _start_servers(self) -> None:
+        servers = []
+        if "NATS_SERVER" in os.environ:
+            say(f"using NATS at {os.environ['NATS_SERVER']}")
+        else:
+            port = prefer_port(4222)
+            config = self._data / "nats.conf"
+            config.write_text(
+                f"host: 127.0.0.1\nport: {port}\nmax_payload: {NATS_PAYLOAD}\n"
+                f'jetstream {{ store_dir: "{self._data}/nats" }}\n'
+            )
+            servers.append(self._part("nats", [find("nats-server"), "-c", str(config)], "Server is ready"))
+            self._environment["NATS_SERVER"] = f"nats://127.0.0.1:{port}"
+        if "ETCD_ENDPOINTS" in os.environ:
+            say(f"using etcd at {os.environ['ETCD_ENDPOINTS']}")
+        else:
+            client, peer = (f"http://127.0.0.1:{prefer_port(port)}" for port in (2379, 2380))
+            command = [
+                find("etcd"),
+                f"--data-dir={self._data}/etcd",
+                f"--listen-client-urls={client}",
+                f"--advertise-client-urls={client}",
+                f"--listen-peer-urls={peer}",
+                f"--initial-advertise-peer-urls={peer}",
+                f"--initial-cluster=default={peer}",
+                "--unsafe-no-fsync",  # nothing in it outlives this run
+            ]
+            servers.append(self._part("etcd", command, "ready to serve client requests"))
+            self._environment["ETCD_ENDPOINTS"] = client
+        await asyncio.gather(*(self._start_part(part) for part in servers))
+        for part in servers:
+            part.environment = {}
+
+    async def _start_engines(self, engines: list[Part]) -> None:
+        """All at once, but one after the other where they share a GPU: each measures what is free."""
+        gpus = count_gpus() if self._args.backend == "sglang" else 0
+        rows = [engines[first::gpus] for first in range(min(gpus, len(engines)))] if gpus else [[e] for e in engines]
+
+        async def start_row(row: list[Part], gpu: int) -> None:
+            for number, part in enumerate(row):
+                if gpus:
+                    part.environment = {**part.environment, "CUDA_VISIBLE_DEVICES": str(gpu)}
+                    part.command = [*part.command, "--gpu-memory-fraction", f"{GPU_SHARE / (len(row) - number):.3f}"]
+                await self._start_part(part)
+
+        await asyncio.gather(*(start_row(row, gpu) for gpu, row in enumerate(rows)))
+
+    def _model_options(self) -> list[str]:
+        options = ["--block-size", str(self._args.block_size)]
+        for name in ("model", "model_name"):
+            if value := getattr(self._args, name):
+                options += [f"--{name.replace('_', '-')}", value]
+        return options
+
+    def _engine(self, number: int) -> Part:
+        options = ["--worker-id", str(number), "--backend", self._args.backend, *self._model_options(), *self._extra]
+        part = self._program("engine", options, "serving inference.engine.generate")
+        part.name, part.log = f"engine {number}", self._logs / f"engine-{number}.log"
+        return part
+
+    def _program(self, name: str, options: list[str], ready: str) -> Part:
+        return self._part(name, [sys.executable, str(REPOSITORY / f"{name}.py"), *options], ready)
+
+    def _part(self, name: str, command: Sequence[str], ready: str) -> Part:
+        return Part(name, command, self._logs / f"{name}.log", ready, self._environment)
+
+    async def _start_part(self, part: Part) -> None:
+        self._parts.append(part)
+        await part.start()
+        await part.wait_until_ready()
+
+    def _check(self) -> None:
+        """Ask the pipeline a real question, once every engine has joined."""
+        deadline = time.monotonic() + 30
+        while True:
+            health = self._get("/health")
+            if health["status"] == "healthy" and health["instances"]["engine"] >= self._args.engines:
+                break
+            if time.monotonic() > deadline:
+                raise LaunchError(f"the parts are ready but do not find each other: {health}; see {self._logs}")
+            time.sleep(0.1)
+        self._model = self._get("/v1/models")["data"][0]["id"]
+        question = {"model": self._model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16}
+        began = time.monotonic()
+        try:
+            answer = self._get("/v1/chat/completions", question)
+        except urllib.error.HTTPError as error:
+            raise LaunchError(f"a first request failed: {error.read().decode()}; see {self._logs}") from error
+        tokens = answer["usage"]["completion_tokens"]
+        say(f"a first request was answered with {tokens} tokens in {time.monotonic() - began:.2f} s")
+
+    def _get(self, path: str, body: object = None) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._args.port}{path}",
+            data=json.dumps(body).encode() if body else None,
+            headers={"content-type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            if path == "/health":
+                return json.load(error)
+            raise
+
+    def _report(self) -> None:
+        address = f"http://127.0.0.1:{self._args.port}"
+        body = {
+            "model": self._model,
+            "stream": True,
+            "max_tokens": 32,
+            "messages": [{"role": "user", "content": "What does the router do?"}],
+        }
+        servers = " ".join(f"{name}={value}" for name, value in self._environment.items())
+        say(f"the pipeline is up at {address} (OpenAI clients: {address}/v1)")
+        if servers:
+            say(f"for a program of your own beside it: {servers}")
+        say(f"logs: {self._logs.relative_to(REPOSITORY)}/")
+        say("try:")
+        print(f"\n  curl -N {address}/v1/chat/completions -H 'content-type: application/json' \\")
+        print(f"    -d '{json.dumps(body)}'\n")
+        say("Ctrl-C ends it")
+
+    async def _watch(self, part: Part) -> None:
+        """Start the part again whenever it dies, later each time."""
+        pause, limit = BACK_OFF
+        while True:
+            assert part.process is not None
+            began = time.monotonic()
+            code = await part.process.wait()
+            if time.monotonic() - began > STEADY_SECONDS:
+                pause = BACK_OFF[0]
+            say(f"{part.name} died ({describe(code)}). The end of {part.log}:\n{part.tail(5)}")
+            say(f"starting {part.name} again in {pause:g} s")
+            await part.stop(0)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, limit)
+            await part.start()
+            try:
+                await part.wait_until_ready()
+            except LaunchError as error:
+                say(str(error))
+
+    async def _end(self) -> None:
+        """End the parts: first who asks, then who is asked."""
+        self._stopping.set()
+        order = ["frontend", "processor", "router", "engine", "etcd", "nats"]
+        for name in order:
+            parts = [part for part in self._parts if part.name.split()[0] == name and part.process]
+            seconds = 0 if self._hurry else STOP_SECONDS
+            await asyncio.gather(*(part.stop(seconds) for part in parts))
+        if self._parts:
+            say("everything has ended")
+
+
+def say(text: str) -> None:
+    print(f"launch: {text}", flush=True)
+
+
+def describe(code: int) -> str:
+    return f"exit {code}" if code >= 0 else signal.Signals(-code).name
+
+
+def find(program: str) -> str:
+    """The program on the PATH, else the one in the environment."""
+    found = shutil.which(program) or shutil.which(program, path=os.path.dirname(sys.executable))
+    if not found:
+        raise LaunchError(f"{program} is neither on the PATH nor in the environment: delete .venv and try again")
+    return found
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def check_free(port: int, advice: str) -> None:
+    if not is_free(port):
+        raise LaunchError(f"port {port} is in use; {advice}")
+
+
+def prefer_port(port: int) -> int:
+    """`port` if it is free, else one that is."""
+    if is_free(port):
+        return port
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free: int = probe.getsockname()[1]
+    say(f"port {port} is in use; taking {free}")
+    return free
+
+
+def count_gpus() -> int:
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return 0
+    return listing.count("GPU ")
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--engines", type=int, default=2, help="number of engines (default: 2)")
+    parser.add_argument(
+        "--model", help="folder of the model, or its name on the Hugging Face hub (default: a tiny one)"
+    )
+    parser.add_argument("--model-name", help="what clients call it (default: the folder's or hub's name)")
+    parser.add_argument("--backend", choices=["sglang", "mocker"], default="sglang", help="mocker: simulated engines")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens in a KV block (default: 16)")
+    parser.add_argument("--port", type=int, default=8000, help="HTTP port (default: 8000)")
+    parser.add_argument("--host", default="127.0.0.1", help="HTTP address; 0.0.0.0 for all (default: 127.0.0.1)")
+    parser.epilog = "All other options go to every engine: see `.venv/bin/python engine.py --help`."
+    return parser
+
+
+def main() -> None:
+    args, extra = arguments().parse_known_args()
+    if args.engines < 1:
+        raise SystemExit("launch: --engines must be at least 1")
+    with tempfile.TemporaryDirectory(prefix="inference-") as data:
+        try:
+            asyncio.run(Launcher(args, extra, Path(data)).run())
+        except LaunchError as error:
+            raise SystemExit(f"launch: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -95,6 +95,8 @@ class Processor:
                 try:
                     async with aclosing(self._engines.stream(generate, context, decision.instance_id)) as outputs:
                         async for output in outputs:
+                            if output.finish_reason == "cancelled":
+                                break
                             tokens += output.token_ids
                             yield decision, output
                             if output.finish_reason:
@@ -217,8 +219,6 @@ def _finish_reason(reason: str | dict[str, object]) -> str:
             return "stop"
         case "length" | "content_filter":
             return str(reason)
-        case "cancelled":
-            raise Cancelled("the worker was told to stop")
         case _:
             raise Internal(f"the worker failed: {reason}")
 

@@ -10,8 +10,8 @@ class Detokenizer:
     """Decodes one answer token by token: the pieces, joined, are the text of all tokens decoded at once.
 
     A token can end in the middle of a character, and what a token reads as can depend on the one before it. So each
-    token is decoded together with the last ones whose text is settled, and a broken end waits for its other bytes:
-    never more than three, for a longer broken end is not an unfinished character but what the model really said.
+    token is decoded together with the last ones whose text is settled, and a broken end waits for its other bytes, but
+    for three tokens at most: what is still broken then is no unfinished character but what the model really said.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -19,25 +19,31 @@ class Detokenizer:
         self._ids: list[int] = []  # the tokens before the open ones, for context, then the open ones
         self._context = 0  # how many of them are context
         self._given = ""  # the text of the context, and what was given out of the open tokens
+        self._waited = 0  # tokens since whole characters were last given out
 
     def add(self, token_id: int) -> str:
         """The text that `token_id` completes; "" while a character is unfinished."""
         self._ids.append(token_id)
         text = self._decode(self._ids)
         settled = text.rstrip(_BROKEN)
-        settled = text[: max(len(settled), len(text) - _LONGEST_TAIL)]
+        if self._waited >= _LONGEST_TAIL:
+            settled = text[: max(len(settled), len(text) - _LONGEST_TAIL)]
         new = settled[len(self._given) :]
+        self._given += new
+        self._waited = 0 if new and not new.endswith(_BROKEN) else self._waited + 1
         if settled == text and new:
-            self._ids = self._ids[self._context :]
-            self._context = len(self._ids)
-            self._given = self._decode(self._ids)
-        else:
-            self._given += new
+            self._settle()
         return new
 
     def flush(self) -> str:
         """The text of an answer that ended in the middle of a character."""
         return self._decode(self._ids)[len(self._given) :]
+
+    def _settle(self) -> None:
+        self._ids = self._ids[self._context :]
+        self._context = len(self._ids)
+        self._given = self._decode(self._ids)
+        self._waited = 0
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)

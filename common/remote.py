@@ -47,7 +47,7 @@ class Remote(Generic[Item]):
         """Send `request` to one instance, or to the next in turn, and yield what it answers.
 
         Stopping `context` ends the stream at both ends. Raises PipelineError: what the other side raised, Unavailable
-        if it cannot be reached or dies, Cancelled if `context` was stopped first.
+        if it cannot be reached, dies or gives up, Cancelled if `context` was stopped first.
         """
         body = msgspec.to_builtins(request)
         try:
@@ -62,7 +62,10 @@ class Remote(Generic[Item]):
         except Exception as error:  # the runtime raises ValueError and Exception with the kind in the text
             if context.is_stopped():
                 raise Cancelled("the caller went away") from error
-            raise from_exception(error) from error
+            known = from_exception(error)
+            if isinstance(known, Cancelled):  # not by us: who answered was told to leave
+                raise Unavailable(f"{self.path} gave the request up") from error
+            raise known from error
 
     async def call(self, request: object, instance_id: int | None = None) -> Item:
         """Send `request` and return the one message that answers it."""

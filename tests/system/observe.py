@@ -1,0 +1,29 @@
+"""Writes down every load report of every engine, as a line of JSON."""
+
+import asyncio
+import json
+
+from common.kv_events import load_stats
+from common.messages import DescribeRequest, WorkerInfo
+from common.remote import Remote
+
+import uvloop
+from dynamo.runtime import DistributedRuntime, dynamo_worker
+
+
+async def observe(info: WorkerInfo) -> None:
+    async for stat in load_stats(info.load):
+        report = {"worker": info.worker_id, "running": stat.running_requests, "waiting": stat.waiting_requests}
+        print(json.dumps(report), flush=True)
+
+
+@dynamo_worker()
+async def main(runtime: DistributedRuntime) -> None:
+    engines = await Remote.connect(runtime, "inference.engine.describe", WorkerInfo)
+    await engines.wait()
+    infos = [await engines.call(DescribeRequest(), instance_id) for instance_id in engines.instance_ids()]
+    await asyncio.gather(*map(observe, infos))
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

@@ -1,0 +1,78 @@
+"""A client that hangs up ends its request everywhere, before the first token as after it."""
+
+import socket
+import time
+
+from tests.system.conftest import Pipeline, until
+
+import httpx
+import pytest
+
+ENDLESS = {"max_tokens": 7000, "ignore_eos": True, "temperature": 0}  # takes far longer than any test waits
+
+
+def question(pipeline: Pipeline, content: str, **fields: object) -> dict[str, object]:
+    return {"model": pipeline.model, "messages": [{"role": "user", "content": content}], **ENDLESS, **fields}
+
+
+def cancelled(pipeline: Pipeline) -> int:
+    return (pipeline.folder / "frontend.log").read_text().count("status=499")
+
+
+@pytest.fixture(autouse=True)
+def start_idle(pipeline: Pipeline) -> None:
+    until(pipeline.idle, "idle engines")
+
+
+def test_hanging_up_in_the_middle_of_a_stream(pipeline: Pipeline) -> None:
+    before = cancelled(pipeline)
+    body = question(pipeline, "Hi", stream=True)
+    with pipeline.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+        for number, _ in enumerate(response.iter_lines()):
+            if number > 20:
+                break
+        until(lambda: not pipeline.idle(), "work")
+    until(pipeline.idle, "the engine to stop", timeout=5)
+    until(lambda: cancelled(pipeline) > before, "a line in the log")
+
+
+def test_hanging_up_while_waiting_for_a_whole_answer(pipeline: Pipeline) -> None:
+    with pipeline.client() as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/chat/completions", json=question(pipeline, "Hi"), timeout=1)
+    until(pipeline.idle, "the engine to stop", timeout=5)
+
+
+def test_hanging_up_before_the_first_token(pipeline: Pipeline) -> None:
+    """The client is gone while its long prompt is being computed."""
+    request = httpx.Request("POST", f"http://127.0.0.1:{pipeline.port}/v1/chat/completions", json={
+        **question(pipeline, "so many words " * 1500, stream=True), "max_tokens": 3000})  # fmt: skip
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    with socket.create_connection(("127.0.0.1", pipeline.port)) as connection:
+        connection.sendall(f"POST {request.url.path} HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+        until(lambda: not pipeline.idle(), "work")
+    until(pipeline.idle, "the engine to stop", timeout=5)
+
+
+def test_a_burst_of_clients_that_all_hang_up(pipeline: Pipeline) -> None:
+    """More than the engines run at once, so that some are cancelled while they wait in a queue."""
+    connections = []
+    for number in range(48):
+        request = httpx.Request("POST", f"http://127.0.0.1:{pipeline.port}/v1/chat/completions",
+                                json=question(pipeline, f"number {number}", stream=True))  # fmt: skip
+        head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+        connection = socket.create_connection(("127.0.0.1", pipeline.port))
+        connection.sendall(f"POST {request.url.path} HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+        connections.append(connection)
+    until(lambda: sum(load["waiting"] for load in pipeline.loads().values()), "a queue")
+    for connection in connections:
+        connection.close()
+    until(pipeline.idle, "the engines to stop", timeout=10)
+    assert pipeline.answer()
+
+
+def test_a_stop_string_ends_the_work_too(pipeline: Pipeline) -> None:
+    plain = pipeline.answer(max_tokens=12)
+    began = time.monotonic()
+    assert pipeline.answer(stop=plain[6:9], **ENDLESS) == plain[: plain.index(plain[6:9])]
+    until(pipeline.idle, "the engine to stop", timeout=5)
+    assert time.monotonic() - began < 60

@@ -1,0 +1,197 @@
+"""Programs start in any order, leave politely, and survive each other's deaths. The engines are simulated."""
+
+import concurrent.futures
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.system.conftest import REPOSITORY, Pipeline, Process, until
+
+import pytest
+
+PROGRAMS = ("engine", "router", "processor", "frontend")
+
+
+def start(pipeline: Pipeline, program: str, **options: str) -> Process:
+    if program != "engine":
+        return pipeline.start(program, **options)  # type: ignore[arg-type]
+    return pipeline.start("engine", "--backend", "mocker", "--worker-id", options.get("name", "engine"), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Iterator[Pipeline]:
+    """NATS and etcd, and nothing else yet."""
+    pipeline = Pipeline(tmp_path)
+    yield pipeline
+    pipeline.close()
+
+
+@pytest.fixture
+def running(bare: Pipeline) -> dict[str, Process]:
+    """All four programs."""
+    processes = {program: start(bare, program) for program in PROGRAMS}
+    bare.wait_for_instances(processor=1, router=1, engine=1)
+    return processes
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_explains(program: str) -> None:
+    done = subprocess.run([sys.executable, f"{program}.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "In production Dynamo this is" in done.stdout
+    assert "--drain-seconds" in done.stdout
+
+
+def test_any_order_will_do(bare: Pipeline) -> None:
+    """Backwards, each only once the one before says what it is waiting for."""
+    start(bare, "frontend").wait_for("waiting for inference.processor.process")
+    response = bare.ask()
+    assert response.status_code == 503
+    assert response.headers["retry-after"]
+    start(bare, "processor").wait_for("waiting for inference.router.find_worker")
+    start(bare, "router").wait_for("waiting for inference.engine.generate")
+    until(lambda: bare.instances()["router"], "a router")
+    response = bare.ask()
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "no_worker")
+    with bare.client() as client:
+        assert client.get("/health").status_code == 503
+    start(bare, "engine")
+    bare.wait_for_instances(engine=1)
+    assert bare.ask().status_code == 200
+
+
+def test_programs_wait_for_nats_and_etcd(tmp_path: Path) -> None:
+    pipeline = Pipeline(tmp_path)
+    try:
+        pipeline.etcd.close()
+        router = start(pipeline, "router").wait_for("waiting for etcd")
+        router.signal(signal.SIGTERM)
+        assert router.exit_code() == 0
+    finally:
+        pipeline.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_signal_ends_an_idle_program_with_0(
+    bare: Pipeline, running: dict[str, Process], program: str, number: signal.Signals
+) -> None:
+    running[program].signal(number)
+    assert running[program].exit_code() == 0
+    assert "Traceback" not in running[program].text
+    if program != "frontend":
+        bare.wait_for_instances(**{program: 0})
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_is_in_progress_is_finished_first(bare: Pipeline, running: dict[str, Process], program: str) -> None:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(bare.ask, f"question {number}", max_tokens=150) for number in range(8)]
+        until(
+            lambda: (not all(answer.done() for answer in answers) and "request" in running["engine"].text) or True,
+            "work",
+        )
+        threading.Event().wait(0.5)
+        running[program].signal(signal.SIGTERM)
+        if program != "frontend":
+            bare.wait_for_instances(**{program: 0})
+        assert not any(answer.done() for answer in answers)  # it left at once, while they go on
+        responses = [answer.result() for answer in answers]
+    assert running[program].exit_code() == 0
+    for response in responses:
+        assert response.status_code == 200
+        assert response.json()["usage"]["completion_tokens"] == 150
+
+
+def test_a_second_signal_does_not_wait(bare: Pipeline, running: dict[str, Process]) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(bare.ask, max_tokens=5000)
+        threading.Event().wait(0.5)
+        running["processor"].signal(signal.SIGTERM)
+        bare.wait_for_instances(processor=0)
+        running["processor"].signal(signal.SIGTERM)
+        running["processor"].exit_code()
+        assert answer.result().status_code == 503
+
+
+def test_a_router_that_is_restarted_under_load_fails_no_request(bare: Pipeline, running: dict[str, Process]) -> None:
+    stop = threading.Event()
+
+    def keep_asking(number: int) -> set[int]:
+        statuses = set()
+        while not stop.is_set():
+            statuses.add(bare.ask(f"caller {number}", max_tokens=8).status_code)
+        return statuses
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        callers = [pool.submit(keep_asking, number) for number in range(6)]
+        threading.Event().wait(1)
+        running["router"].signal(signal.SIGKILL)
+        running["router"].exit_code()
+        start(bare, "router", name="router-2").wait_for("joined")
+        threading.Event().wait(2)
+        stop.set()
+        assert [caller.result() for caller in callers] == [{200}] * 6
+
+
+def test_an_engine_that_dies_in_the_middle_is_replaced(bare: Pipeline, running: dict[str, Process]) -> None:
+    start(bare, "engine", name="spare").wait_for("serving inference.engine.generate")
+    bare.wait_for_instances(engine=2)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(bare.ask, f"question {number}", max_tokens=200) for number in range(8)]
+        threading.Event().wait(0.5)
+        running["engine"].signal(signal.SIGKILL)
+        for answer in answers:
+            assert answer.result().status_code == 200
+            assert answer.result().json()["usage"]["completion_tokens"] == 200
+
+
+def test_a_caller_that_dies_leaves_no_load_behind(bare: Pipeline, running: dict[str, Process]) -> None:
+    """Killed with requests in progress, neither frontend nor processor leaves a lease at the router."""
+    for program in ("frontend", "processor"):
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            answers = [pool.submit(bare.ask, f"question {number}", max_tokens=5000) for number in range(4)]
+            threading.Event().wait(0.5)
+            running[program].signal(signal.SIGKILL)
+            for answer in answers:
+                answer.exception()
+        start(bare, program, name=f"{program}-2")
+        bare.wait_for_instances(processor=1, router=1, engine=1)
+        until(lambda: bare.ask(max_tokens=1).status_code == 200, "an answer")
+    running["router"].signal(signal.SIGTERM)
+    assert running["router"].exit_code() == 0
+    assert "requests in progress" not in running["router"].text
+
+
+class TestMisfits:
+    def test_an_engine_with_other_blocks_is_refused_loudly(self, bare: Pipeline) -> None:
+        router = start(bare, "router")
+        bare.start("engine", "--backend", "mocker", "--block-size", "32", "--worker-id", "odd")
+        router.wait_for("refused worker odd")
+        assert "32 tokens, this router's 16 (--block-size)" in router.text
+
+    def test_an_engine_with_another_model_is_refused_loudly(self, bare: Pipeline) -> None:
+        router = start(bare, "router")
+        bare.start("engine", "--backend", "mocker", "--model-name", "other", "--worker-id", "odd")
+        router.wait_for("refused worker odd")
+        assert "it serves other, this router random-llama (--model)" in router.text
+
+    def test_a_processor_with_other_blocks_is_told(self, bare: Pipeline) -> None:
+        for program in ("engine", "router", "frontend"):
+            start(bare, program)
+        bare.start("processor", "--block-size", "32")
+        bare.wait_for_instances(processor=1, router=1, engine=1)
+        response = bare.ask()
+        assert response.status_code == 400
+        assert "start both with the same --model and --block-size" in response.json()["error"]["message"]
+
+    @pytest.mark.parametrize("model", ["/nowhere", "./nowhere", "nowhere"])
+    @pytest.mark.parametrize("program", ["engine", "router", "processor"])
+    def test_a_missing_model_is_said_plainly(self, bare: Pipeline, program: str, model: str) -> None:
+        process = bare.start(program, "--model", model)
+        assert process.exit_code() == 1
+        assert f"no model at '{model}'" in process.text
+        assert "Traceback" not in process.text

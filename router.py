@@ -76,7 +76,7 @@ class Router:
             )
         overlaps = self._index.overlaps(request.block_hashes)
         candidates = [
-            Candidate(worker, overlaps.get(instance_id, 0), self._index.blocks(instance_id))
+            Candidate(worker, overlaps.get(instance_id, 0))
             for instance_id, worker in self._workers.items()
             if instance_id not in request.excluded
         ]

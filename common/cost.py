@@ -8,7 +8,6 @@ The first two terms are the time until the first token, for prefills run one aft
 time of each token after it, since a decoding step reads every block of every running request.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,6 @@ class Candidate:
 
     worker: Worker
     overlap_blocks: int  # leading blocks of the prompt that it has
-    cached_blocks: int  # blocks that it has at all
 
     def cost(self, prompt_blocks: float) -> float:
         """In blocks; lower is better."""
@@ -30,8 +28,8 @@ class Candidate:
 
 
 def choose(candidates: Sequence[Candidate], prompt_blocks: float) -> tuple[Candidate, float]:
-    """The candidate of lowest cost, and its cost. Among equals the one with the emptiest cache, so that new prefixes
-    spread, and then any."""
-    costs = [(candidate.cost(prompt_blocks), candidate.cached_blocks, random.random()) for candidate in candidates]
+    """The candidate of lowest cost, and its cost. Among equals the one that was not chosen for longest, so that new
+    prefixes spread evenly."""
+    costs = [(candidate.cost(prompt_blocks), candidate.worker.chosen_at) for candidate in candidates]
     best = min(range(len(candidates)), key=costs.__getitem__)
     return candidates[best], costs[best][0]

@@ -1,5 +1,6 @@
 """A worker as the router sees it: what it announced, and the load on it."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Worker:
         self._leases: set[Lease] = set()
         self._other_prefill = 0.0
         self._other_decode = 0.0
+        self.chosen_at = 0.0  # when it got its last request, on the monotonic clock
 
     @property
     def prefill_blocks(self) -> float:
@@ -50,6 +52,7 @@ class Worker:
         last_block = request.block_hashes[-1] if request.block_hashes else None
         lease = Lease(blocks=blocks, prefill=max(blocks - overlap_blocks, 0.0), last_block=last_block)
         self._leases.add(lease)
+        self.chosen_at = time.monotonic()
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 
 import socket
 import time
+from contextlib import ExitStack
 
 from tests.system.conftest import Pipeline, until
 
@@ -13,6 +14,16 @@ ENDLESS = {"max_tokens": 7000, "ignore_eos": True, "temperature": 0}  # takes fa
 
 def question(pipeline: Pipeline, content: str, **fields: object) -> dict[str, object]:
     return {"model": pipeline.model, "messages": [{"role": "user", "content": content}], **ENDLESS, **fields}
+
+
+def send(pipeline: Pipeline, body: dict[str, object]) -> socket.socket:
+    """Send a request on a connection of its own, and do not wait for the answer."""
+    url = f"http://127.0.0.1:{pipeline.port}/v1/chat/completions"
+    request = httpx.Request("POST", url, json={**body, "stream": True})
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    connection = socket.create_connection(("127.0.0.1", pipeline.port))
+    connection.sendall(f"POST {request.url.path} HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+    return connection
 
 
 def cancelled(pipeline: Pipeline) -> int:
@@ -29,9 +40,8 @@ def test_hanging_up_in_the_middle_of_a_stream(pipeline: Pipeline) -> None:
     body = question(pipeline, "Hi", stream=True)
     with pipeline.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
         for number, _ in enumerate(response.iter_lines()):
-            if number > 20:
+            if number > 20 and not pipeline.idle():
                 break
-        until(lambda: not pipeline.idle(), "work")
     until(pipeline.idle, "the engine to stop", timeout=5)
     until(lambda: cancelled(pipeline) > before, "a line in the log")
 
@@ -44,28 +54,17 @@ def test_hanging_up_while_waiting_for_a_whole_answer(pipeline: Pipeline) -> None
 
 def test_hanging_up_before_the_first_token(pipeline: Pipeline) -> None:
     """The client is gone while its long prompt is being computed."""
-    request = httpx.Request("POST", f"http://127.0.0.1:{pipeline.port}/v1/chat/completions", json={
-        **question(pipeline, "so many words " * 1500, stream=True), "max_tokens": 3000})  # fmt: skip
-    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-    with socket.create_connection(("127.0.0.1", pipeline.port)) as connection:
-        connection.sendall(f"POST {request.url.path} HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+    with send(pipeline, question(pipeline, "so many words " * 1500, max_tokens=2000)):
         until(lambda: not pipeline.idle(), "work")
     until(pipeline.idle, "the engine to stop", timeout=5)
 
 
 def test_a_burst_of_clients_that_all_hang_up(pipeline: Pipeline) -> None:
     """More than the engines run at once, so that some are cancelled while they wait in a queue."""
-    connections = []
-    for number in range(48):
-        request = httpx.Request("POST", f"http://127.0.0.1:{pipeline.port}/v1/chat/completions",
-                                json=question(pipeline, f"number {number}", stream=True))  # fmt: skip
-        head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-        connection = socket.create_connection(("127.0.0.1", pipeline.port))
-        connection.sendall(f"POST {request.url.path} HTTP/1.1\r\n{head}\r\n".encode() + request.read())
-        connections.append(connection)
-    until(lambda: sum(load["waiting"] for load in pipeline.loads().values()), "a queue")
-    for connection in connections:
-        connection.close()
+    with ExitStack() as connections:
+        for number in range(48):
+            connections.enter_context(send(pipeline, question(pipeline, f"number {number}")))
+        until(lambda: sum(load["waiting"] for load in pipeline.loads().values()), "a queue")
     until(pipeline.idle, "the engines to stop", timeout=10)
     assert pipeline.answer()
 

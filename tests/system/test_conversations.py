@@ -11,31 +11,36 @@ from tests.system.conftest import Pipeline, Process, until
 import pytest
 
 
-def converse(pipeline: Pipeline, number: int, turns: int) -> list[tuple[str, int]]:
-    """Hold a conversation, and return for each turn who answered and how many prompt tokens were cached."""
-    messages: list[dict[str, str]] = []
-    record = []
-    for turn in range(turns):
-        messages.append({"role": "user", "content": f"conversation {number}, turn {turn}: " + f"{number} is " * 20})
-        response = pipeline.ask(messages, max_tokens=12)
+class Conversation:
+    """A conversation, and for each turn who answered and how many prompt tokens were cached."""
+
+    def __init__(self, pipeline: Pipeline, number: int) -> None:
+        self._pipeline = pipeline
+        self._number = number
+        self._messages: list[dict[str, str]] = []
+        self.workers: set[str] = set()
+        self.cached: list[int] = []
+
+    def turn(self) -> None:
+        question = f"conversation {self._number}, turn {len(self.cached)}: " + f"{self._number} is " * 20
+        self._messages.append({"role": "user", "content": question})
+        response = self._pipeline.ask(self._messages, max_tokens=12)
         body = response.json()
-        messages.append(body["choices"][0]["message"])
-        cached = body["usage"]["prompt_tokens_details"]["cached_tokens"]
-        record.append((response.headers["x-worker-id"], cached))
-    return record
+        self._messages.append(body["choices"][0]["message"])
+        self.workers.add(response.headers["x-worker-id"])
+        self.cached.append(body["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
 def test_conversations_stay_with_the_engine_that_holds_them(pipeline: Pipeline) -> None:
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        records = list(pool.map(lambda number: converse(pipeline, number, 5), range(20)))
-    first_workers = Counter[str]()
-    for record in records:
-        workers, cached = {worker for worker, _ in record}, [tokens for _, tokens in record]
-        assert len(workers) == 1
-        assert cached == sorted(cached) and len(set(cached)) == len(cached)
-        first_workers.update(workers)
-    assert first_workers.keys() == {"0", "1"}
-    assert min(first_workers.values()) >= 5
+    conversations = [Conversation(pipeline, number) for number in range(20)]
+    for _ in range(5):
+        for conversation in conversations:
+            conversation.turn()
+    for conversation in conversations:
+        assert len(conversation.workers) == 1
+        assert conversation.cached == sorted(set(conversation.cached))
+    held = Counter(worker for conversation in conversations for worker in conversation.workers)
+    assert min(held["0"], held["1"]) >= 5
 
 
 def test_load_spreads(pipeline: Pipeline) -> None:

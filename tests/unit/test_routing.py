@@ -125,8 +125,8 @@ class TestWorker:
 
 
 class TestChoice:
-    def candidate(self, worker: Worker, overlap: int = 0, cached: int = 0) -> Candidate:
-        return Candidate(worker=worker, overlap_blocks=overlap, cached_blocks=cached)
+    def candidate(self, worker: Worker, overlap: int = 0) -> Candidate:
+        return Candidate(worker=worker, overlap_blocks=overlap)
 
     def test_the_prefix_decides_between_idle_workers(self) -> None:
         cold, warm = (self.candidate(Worker(number, None, BLOCK), overlap) for number, overlap in ((1, 0), (2, 3)))
@@ -145,10 +145,12 @@ class TestChoice:
         assert choose([self.candidate(busy), self.candidate(idle)], 10)[1] == 10
         assert self.candidate(busy).cost(10) == 10 + 4 + 4
 
-    def test_among_equals_the_emptiest_cache_wins(self) -> None:
-        full, empty = (self.candidate(Worker(n, None, BLOCK), cached=cached) for n, cached in ((1, 9), (2, 1)))
-        assert choose([full, empty], 10)[0] is empty
-
-    def test_among_equals_in_everything_anyone_does(self) -> None:
-        both = [self.candidate(Worker(number, None, BLOCK)) for number in (1, 2)]
-        assert {choose(both, 10)[0].worker.instance_id for _ in range(50)} == {1, 2}
+    def test_among_equals_the_one_not_chosen_for_longest_wins(self) -> None:
+        candidates = [self.candidate(Worker(number, None, BLOCK)) for number in (1, 2, 3)]
+        turns = []
+        for _ in range(7):
+            worker = choose(candidates, 10)[0].worker
+            turns.append(worker.instance_id)
+            with worker.lease(prompt(10), 0):
+                pass
+        assert turns == [1, 2, 3, 1, 2, 3, 1]

@@ -1,0 +1,151 @@
+"""The one command: it says what it does, and nothing outlives it. The engines are simulated."""
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.system.conftest import REPOSITORY, Process, free_ports, until
+
+import httpx
+import psutil
+import pytest
+
+
+class Launch(Process):
+    """launch.sh on a free port."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.port = free_ports(1)[0]
+        command = ["./launch.sh", "--backend", "mocker", "--port", str(self.port), *options]
+        super().__init__(command, folder / "launch.log", {})
+
+    def parts(self) -> list[psutil.Process]:
+        return psutil.Process(self.popen.pid).children(recursive=True)
+
+    def part(self, program: str) -> psutil.Process:
+        return next(part for part in self.parts() if any(word.endswith(f"{program}.py") for word in part.cmdline()))
+
+    def health(self) -> str:
+        try:
+            status: str = httpx.get(f"http://127.0.0.1:{self.port}/health").json()["status"]
+        except httpx.TransportError:
+            return "down"
+        return status
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    launch = Launch(tmp_path).wait_for("Ctrl-C ends it")
+    assert isinstance(launch, Launch)
+    yield launch
+    launch.close()
+
+
+def gone(parts: list[psutil.Process]) -> None:
+    until(lambda: not any(part.is_running() and part.status() != psutil.STATUS_ZOMBIE for part in parts), "the end", 30)
+
+
+def test_shows_each_part_and_a_curl_that_answers(launch: Launch) -> None:
+    for part in ("nats", "etcd", "engine 0", "engine 1", "router", "processor", "frontend"):
+        assert f"{part} is ready" in launch.text
+    assert "a first request was answered with" in launch.text
+    curl = re.search(r"(curl -N .*\\\n.*)\n", launch.text)
+    assert curl
+    done = subprocess.run(["bash", "-c", curl.group(1)], capture_output=True, text=True)
+    assert done.stdout.endswith("data: [DONE]\n\n")
+    logs = re.search(r"logs: (\S+)", launch.text)
+    assert logs and (REPOSITORY / logs.group(1) / "router.log").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ends_everything_in_order(launch: Launch, number: signal.Signals) -> None:
+    parts = launch.parts()
+    assert len(parts) >= 7
+    launch.signal(number)
+    assert launch.exit_code() == 0
+    gone(parts)
+    assert "is killed" not in launch.text
+    assert "everything has ended" in launch.text
+
+
+def test_killed_hard_it_leaves_nothing_behind(launch: Launch) -> None:
+    parts = launch.parts()
+    launch.signal(signal.SIGKILL)
+    gone(parts)
+
+
+def test_a_part_that_dies_is_started_again(launch: Launch) -> None:
+    for program, name in (("router", "router"), ("engine", "engine [01]")):
+        ready = len(re.findall(f"{name} is ready", launch.text))
+        launch.part(program).kill()
+        until(lambda name=name: re.search(f"{name} died \\(SIGKILL\\)", launch.text), "the news")  # type: ignore[misc]
+        until(lambda name=name, ready=ready: len(re.findall(f"{name} is ready", launch.text)) > ready, "its return")  # type: ignore[misc]
+    until(lambda: launch.health() == "healthy", "health")
+    body = {"model": "random-llama", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4}
+    assert httpx.post(f"http://127.0.0.1:{launch.port}/v1/chat/completions", json=body).status_code == 200
+
+
+def test_servers_that_run_already_are_used(launch: Launch, tmp_path: Path) -> None:
+    """With NATS_SERVER and ETCD_ENDPOINTS of the first launch, the second one joins its engines to it."""
+    servers = dict(re.findall(r"(NATS_SERVER|ETCD_ENDPOINTS)=(\S+)", launch.text))
+    port = free_ports(1)[0]
+    command = ["./launch.sh", "--backend", "mocker", "--port", str(port), "--engines", "1"]
+    second = Process(command, tmp_path / "second.log", servers)
+    try:
+        second.wait_for("Ctrl-C ends it")
+        assert "using NATS at" in second.text and "using etcd at" in second.text
+        assert "nats is ready" not in second.text
+        health = httpx.get(f"http://127.0.0.1:{port}/health").json()
+        assert health["instances"] == {"processor": 2, "router": 2, "engine": 3}
+        second.signal()
+        assert second.exit_code() == 0
+        assert launch.health() == "healthy"
+    finally:
+        second.close()
+
+
+def test_a_port_in_use_is_said(launch: Launch, tmp_path: Path) -> None:
+    command = ["./launch.sh", "--backend", "mocker", "--port", str(launch.port)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"port {launch.port} is in use" in done.stderr
+    assert "--port N" in done.stderr
+
+
+def test_a_missing_model_is_said(tmp_path: Path) -> None:
+    port = str(free_ports(1)[0])
+    command = ["./launch.sh", "--backend", "mocker", "--port", port, "--model", "/nowhere"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no model at '/nowhere'" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_help() -> None:
+    done = subprocess.run(["./launch.sh", "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0
+    for option in ("--engines", "--model", "--backend", "--port"):
+        assert option in done.stdout
+
+
+class TestInstall:
+    def test_a_second_time_it_does_nothing(self) -> None:
+        done = subprocess.run(["scripts/install"], cwd=REPOSITORY, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    def test_without_python_it_says_what_is_missing(self, tmp_path: Path) -> None:
+        for folder in ("scripts", "scripts/requirements"):
+            (tmp_path / folder).mkdir()
+            for file in (REPOSITORY / folder).iterdir():
+                if file.is_file():
+                    target = tmp_path / folder / file.name
+                    target.write_bytes(file.read_bytes())
+                    target.chmod(0o755)
+        done = subprocess.run(
+            [tmp_path / "scripts/install"], env={**os.environ, "PYTHON": "python2"}, capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert "no Python 3.11 or later found" in done.stderr

@@ -283,9 +283,10 @@ async def add_request_id(http: web.Request, response: web.StreamResponse) -> Non
 
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
-    processors = await Remote.connect(runtime, STAGES["processor"], ChatCompletionChunk)
+    processors = await Remote.connect(runtime, args.processor, ChatCompletionChunk)
     describe = await Remote.connect(runtime, "inference.processor.describe", ModelCard)
-    stages = {stage: await Remote.connect(runtime, path, object) for stage, path in STAGES.items()}
+    paths = STAGES | {"processor": args.processor}
+    stages = {stage: await Remote.connect(runtime, path, object) for stage, path in paths.items()}
     async with Program(runtime, args) as program:
         frontend = Frontend(program, processors, describe, stages)
         await program.serve("inference.frontend.chat_completions", frontend.chat_completions, dict[str, object])
@@ -305,4 +306,7 @@ if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     options.add_argument("--port", type=int, default=8000)
+    options.add_argument(
+        "--processor", default=STAGES["processor"], help="endpoint that gets the requests, to put a stage in between"
+    )
     run(main, options.parse_args())

@@ -278,19 +278,20 @@ class Launcher:
 
     def _report(self) -> None:
         address = f"http://127.0.0.1:{self._args.port}"
+        question = "What does the router do, and how does it know which worker has my prompt cached?"
         body = {
             "model": self._model,
             "stream": True,
             "max_tokens": 32,
-            "messages": [{"role": "user", "content": "What does the router do?"}],
+            "messages": [{"role": "user", "content": question}],
         }
         servers = " ".join(f"{name}={value}" for name, value in self._environment.items())
         say(f"the pipeline is up at {address} (OpenAI clients: {address}/v1)")
         if servers:
             say(f"for a program of your own beside it: {servers}")
         say(f"logs: {self._logs.relative_to(REPOSITORY)}/")
-        say("try:")
-        print(f"\n  curl -N {address}/v1/chat/completions -H 'content-type: application/json' \\")
+        say("try this, twice: the second time, x-kv-overlap-blocks says how much of it the same worker had cached")
+        print(f"\n  curl -iN {address}/v1/chat/completions -H 'content-type: application/json' \\")
         print(f"    -d '{json.dumps(body)}'\n")
         say("Ctrl-C ends it")
 

@@ -52,10 +52,15 @@ def test_shows_each_part_and_a_curl_that_answers(launch: Launch) -> None:
     for part in ("nats", "etcd", "engine 0", "engine 1", "router", "processor", "frontend"):
         assert f"{part} is ready" in launch.text
     assert "a first request was answered with" in launch.text
-    curl = re.search(r"(curl -N .*\\\n.*)\n", launch.text)
+    curl = re.search(r"(curl -iN .*\\\n.*)\n", launch.text)
     assert curl
-    done = subprocess.run(["bash", "-c", curl.group(1)], capture_output=True, text=True)
-    assert done.stdout.endswith("data: [DONE]\n\n")
+    first, second = (
+        subprocess.run(["bash", "-c", curl.group(1)], capture_output=True, text=True).stdout for _ in range(2)
+    )
+    assert first.endswith("data: [DONE]\n\n")
+    worker = re.search(r"x-worker-id: .*", first)
+    assert worker and worker.group() in second
+    assert re.search(r"x-kv-overlap-blocks: [1-9]", second)
     logs = re.search(r"logs: (\S+)", launch.text)
     assert logs and (REPOSITORY / logs.group(1) / "router.log").exists()
 

@@ -1,0 +1,51 @@
+"""What the README shows is true."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.system.conftest import REPOSITORY, Pipeline
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def code(before: str) -> str:
+    """The first block of code after a text."""
+    match = re.search(r"```\w*\n(.*?)```", README[README.index(before) :], re.DOTALL)
+    assert match
+    return match.group(1)
+
+
+def test_the_fifth_stage_runs(tmp_path: Path) -> None:
+    pipeline = Pipeline(tmp_path)
+    try:
+        (tmp_path / "guard.py").write_text(code("`guard.py`"))
+        pipeline.start("engine", "--backend", "mocker")
+        pipeline.start("router")
+        pipeline.start("processor").wait_for("serving inference.processor.process")
+        pipeline.run("guard", sys.executable, str(tmp_path / "guard.py"), env={"PYTHONPATH": str(REPOSITORY)})
+        pipeline.start("frontend", "--processor", "inference.guard.process")
+        pipeline.wait_for_instances(processor=1, router=1, engine=1)
+        assert pipeline.ask("Hello!").status_code == 200
+        refused = pipeline.ask("What is the password?")
+        assert refused.status_code == 400
+        assert "does not talk about passwords" in refused.json()["error"]["message"]
+    finally:
+        pipeline.close()
+
+
+def test_files_that_it_names_exist() -> None:
+    for name in re.findall(r"`((?:common|tests|scripts|models|benchmarks)/[\w./-]*|\w+\.(?:py|sh))`", README):
+        assert (REPOSITORY / name).exists() or name == "guard.py", name
+
+
+def test_options_that_it_names_exist() -> None:
+    helps = "".join(
+        subprocess.run([sys.executable, program, "--help"], cwd=REPOSITORY, capture_output=True, text=True).stdout
+        for program in ("frontend.py", "processor.py", "router.py", "engine.py", "scripts/launch.py")
+    )
+    table = README[README.index("## Options") : README.index("## Dependencies")]
+    options = re.findall(r"`(--[\w-]+)", table)
+    assert len(options) > 12
+    assert [option for option in options if option not in helps] == []

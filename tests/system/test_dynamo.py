@@ -4,12 +4,14 @@ import json
 import sys
 
 from common.model import DEFAULT_MODEL
-from tests.system.conftest import BIN, Cluster, Pipeline, until
+from tests.system.conftest import BIN, Cluster, Pipeline, free_ports, until
+
+import httpx
 
 DYNAMO = BIN.parent / "ai-dynamo"  # where scripts/install --dev puts the ai-dynamo package, apart from everything else
 
 
-def test_dynamo_s_mocker_answers_through_our_pipeline(tmp_path_factory: object, cluster: Cluster) -> None:
+def test_dynamo_s_mocker_answers_through_our_pipeline(cluster: Cluster) -> None:
     """A worker that announces nothing: it is routed to by load alone."""
     cluster.run(
         "mocker",
@@ -30,6 +32,28 @@ def test_dynamo_s_mocker_answers_through_our_pipeline(tmp_path_factory: object, 
     assert response.status_code == 200, response.text
     assert response.json()["usage"]["completion_tokens"] == 12
     assert response.json()["choices"][0]["finish_reason"] == "length"
+
+
+def test_dynamo_s_frontend_gets_the_same_answers_from_our_engines(pipeline: Pipeline) -> None:
+    port = free_ports(1)[0]
+    pipeline.run(
+        "dynamo-frontend",
+        sys.executable,
+        *("-m", "dynamo.frontend", "--http-port", str(port), "--router-mode", "kv", "--kv-cache-block-size", "16"),
+        *("--discovery-backend", "etcd", "--request-plane", "nats", "--event-plane", "nats"),
+        env={"PYTHONPATH": str(DYNAMO)},
+    )
+    body = {"model": pipeline.model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16}
+
+    def theirs() -> str:
+        try:
+            url = f"http://127.0.0.1:{port}/v1/chat/completions"
+            response = httpx.post(url, json={**body, "temperature": 0}, timeout=60)
+        except httpx.TransportError:
+            return ""
+        return response.json()["choices"][0]["message"]["content"] if response.status_code == 200 else ""
+
+    assert until(theirs, "an answer of Dynamo's frontend") == pipeline.answer()
 
 
 def test_dynamo_s_router_sees_the_overlap_that_ours_sees(pipeline: Pipeline) -> None:

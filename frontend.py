@@ -90,8 +90,7 @@ class Frontend:
     async def post_chat_completions(self, http: web.Request) -> web.StreamResponse:
         body = await json_body(http)
         request = ChatCompletionRequest.parse(body)
-        # The runtime tells requests apart by their context's id, so that is never the caller's choice.
-        context = Context(uuid.uuid4().hex, {"x-request-id": http["request_id"]})
+        context = Context(http["context_id"], {"x-request-id": http["request_id"]})
         record = Record(http["request_id"])
         with self._program.in_progress():
             try:
@@ -253,13 +252,14 @@ def request_id_of(http: web.Request) -> str:
     request_id = http.headers.get("x-request-id", "")
     if len(request_id) > MAX_REQUEST_ID or not request_id.isascii() or not (request_id + "x").isprintable():
         raise InvalidRequest(f"x-request-id must be at most {MAX_REQUEST_ID} printable ASCII characters")
-    return request_id or uuid.uuid4().hex
+    return request_id or str(http["context_id"])
 
 
 @web.middleware
 async def answers_in_json(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give every request an id, and every error OpenAI's body."""
-    request["request_id"] = uuid.uuid4().hex
+    # The runtime tells requests apart by their context's id, so that is never the caller's choice.
+    request["context_id"] = request["request_id"] = uuid.uuid4().hex
     try:
         request["request_id"] = request_id_of(request)
         return await handler(request)
@@ -292,7 +292,10 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
         await program.serve("inference.frontend.chat_completions", frontend.chat_completions, dict[str, object])
         runner = web.AppRunner(frontend.app(), handler_cancellation=True, access_log=None)
         await runner.setup()
-        await web.TCPSite(runner, args.host, args.port).start()
+        try:
+            await web.TCPSite(runner, args.host, args.port).start()
+        except OSError as error:
+            raise SystemExit(f"cannot listen on {args.host}:{args.port} (--host, --port): {error.strerror}") from error
         log.info("listening on http://%s:%d", args.host, args.port)
         try:
             await program.needs(*stages.values())

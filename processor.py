@@ -34,7 +34,7 @@ from common.messages import (
     Usage,
 )
 from common.model import ChatModel, add_options, locate, served_name
-from common.program import Program, parser, run
+from common.program import Program, parser, request_id, run
 from common.remote import Remote
 from common.stop_strings import StopStrings
 
@@ -109,7 +109,9 @@ class Processor:
                     if len(failed) > MIGRATIONS:
                         raise
                     message = "request %s leaves worker %s after %d tokens: %s"
-                    log.warning(message, context.id(), decision.worker_id, len(tokens) - len(prompt), error.message)
+                    log.warning(
+                        message, request_id(context), decision.worker_id, len(tokens) - len(prompt), error.message
+                    )
             if len(tokens) - len(prompt) >= limit:  # only the word that it is finished was lost
                 yield decision, EngineOutput(finish_reason="length")
                 return

@@ -6,7 +6,7 @@ that the worker still has.
 """
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from common.messages import KvEventBatch, LoadStat
 
@@ -54,19 +54,11 @@ class KvEventStream:
                     continue
                 _, number, payload = await live.recv_multipart()
                 sequence = int.from_bytes(number, "big")
-                if sequence == 0 and self._next > 1:  # the publisher began anew
-                    self._next = 0
-                    yield Lost()
                 if sequence > self._next:
                     async for item in self._catch_up(replay):
                         yield item
-                if sequence > self._next:
-                    log.warning("%s: events %d to %d are lost", self._events, self._next, sequence - 1)
-                    yield Lost()
-                    self._next = sequence
-                if sequence == self._next:
-                    self._next += 1
-                    yield self._decoder.decode(payload)
+                for item in self._take(sequence, payload):
+                    yield item
 
     async def _catch_up(self, replay: zmq.asyncio.Socket) -> AsyncIterator[KvEventBatch | Lost]:
         """Ask for everything from the next batch on, and yield what comes."""
@@ -78,14 +70,27 @@ class KvEventStream:
             sequence = int.from_bytes(number, "big", signed=True)
             if sequence == _END_OF_REPLAY:
                 return
-            if sequence > self._next:
-                if self._next:
-                    log.warning("%s: events %d to %d are lost", self._events, self._next, sequence - 1)
-                yield Lost()
-            if sequence >= self._next:
-                self._next = sequence + 1
-                yield self._decoder.decode(payload)
+            for item in self._take(sequence, payload):
+                yield item
         log.warning("%s does not answer", self._replay)
+
+    def _take(self, sequence: int, payload: bytes) -> Iterator[KvEventBatch | Lost]:
+        """What to give out for a batch that came."""
+        if sequence < self._next:
+            return
+        if sequence > self._next:
+            if self._next:  # not the oldest ones of a worker that has run for long
+                log.warning("%s: events %d to %d are lost", self._events, self._next, sequence - 1)
+            yield Lost()
+        self._next = sequence + 1
+        yield self._decode(payload)
+
+    def _decode(self, payload: bytes) -> KvEventBatch | Lost:
+        try:
+            return self._decoder.decode(payload)
+        except msgspec.DecodeError as error:
+            log.error("%s: events that this program does not know (%s) are lost", self._events, error)
+            return Lost()
 
 
 async def load_stats(address: str) -> AsyncIterator[LoadStat]:

@@ -128,7 +128,7 @@ class Program:
                 except PipelineError:
                     raise
                 except Exception as error:
-                    log.exception("request %s failed", context.id())
+                    log.exception("request %s failed", request_id(context))
                     raise Internal(f"{path} failed: {type(error).__name__}: {error}") from error
 
         self._endpoints.append(endpoint)
@@ -216,6 +216,11 @@ class Program:
         log.info("left")
         if self._failed:
             sys.exit(1)
+
+
+def request_id(context: Context) -> str:
+    """The id that the caller knows the request by."""
+    return context.metadata.get("x-request-id") or context.id()
 
 
 def _decode(body: object, request: type[Request]) -> Request:

@@ -7,9 +7,11 @@ byte-level BPE trained on the text of this repository; the chat template is Chat
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -71,9 +73,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
     folder: Path = parser.parse_args().folder
+    transformers.logging.disable_progress_bar()
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder)
-    make_model(tokenizer.convert_tokens_to_ids("<|im_end|>")).save_pretrained(folder)
+    tokenizer.save_pretrained(unfinished)
+    make_model(tokenizer.convert_tokens_to_ids("<|im_end|>")).save_pretrained(unfinished)
+    unfinished.rename(folder)
     print(f"made {folder}")
 
 

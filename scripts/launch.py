@@ -201,8 +201,6 @@ class Launcher:
             servers.append(self._part("etcd", command, "ready to serve client requests"))
             self._environment["ETCD_ENDPOINTS"] = client
         await asyncio.gather(*(self._start_part(part) for part in servers))
-        for part in servers:
-            part.environment = {}
 
     async def _start_engines(self, engines: list[Part]) -> None:
         """All at once, but one after the other where they share a GPU: each measures what is free."""

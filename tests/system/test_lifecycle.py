@@ -163,7 +163,7 @@ def test_a_caller_that_dies_leaves_no_load_behind(bare: Pipeline, running: dict[
         until(lambda: bare.ask(max_tokens=1).status_code == 200, "an answer")
     running["router"].signal(signal.SIGTERM)
     assert running["router"].exit_code() == 0
-    assert "requests in progress" not in running["router"].text
+    assert "finishing" not in running["router"].text
 
 
 class TestMisfits:

@@ -61,7 +61,7 @@ class TestAThirdEngine:
 
     def test_gets_work(self, pipeline: Pipeline, third: Process) -> None:
         def served_by_it(number: int = iter(range(1000)).__next__) -> bool:  # type: ignore[assignment]
-            return pipeline.ask(f"a new subject, number {number}").headers["x-worker-id"] == "2"
+            return pipeline.ask(f"{number} {number} {number} is a new subject").headers["x-worker-id"] == "2"
 
         until(served_by_it, "an answer of the third engine")
 

@@ -1,7 +1,9 @@
 """Routing by prefix and load over engines that come and go."""
 
 import concurrent.futures
+import itertools
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -60,18 +62,21 @@ class TestAThirdEngine:
         engine.close()
 
     def test_gets_work(self, pipeline: Pipeline, third: Process) -> None:
-        def served_by_it(number: int = iter(range(1000)).__next__) -> bool:  # type: ignore[assignment]
-            return pipeline.ask(f"{number} {number} {number} is a new subject").headers["x-worker-id"] == "2"
+        numbers = itertools.count()
+
+        def served_by_it() -> bool:
+            return pipeline.ask(f"{next(numbers)} is a new subject").headers["x-worker-id"] == "2"
 
         until(served_by_it, "an answer of the third engine")
 
     def test_its_death_loses_no_request(self, pipeline: Pipeline, third: Process) -> None:
         """Streams that it was in the middle of go on elsewhere, without a token lost or said twice."""
         questions = [f"question {number} of many" for number in range(12)]
-        options: dict[str, Any] = {"max_tokens": 160, "ignore_eos": True}
+        options: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
         with concurrent.futures.ThreadPoolExecutor(len(questions)) as pool:
             answers = [pool.submit(pipeline.ask, question, **options) for question in questions]
-            until(lambda: "worker=2" in (pipeline.folder / "router.log").read_text() or not pipeline.idle(), "work")
+            until(lambda: not pipeline.idle(), "work")
+            time.sleep(0.3)
             third.signal(signal.SIGKILL)
             responses = [answer.result() for answer in answers]
         assert {response.status_code for response in responses} == {200}
@@ -80,7 +85,7 @@ class TestAThirdEngine:
             assert response.json()["choices"][0]["message"]["content"] == pipeline.answer(question, **options)
 
     def test_it_is_forgotten(self, pipeline: Pipeline, third: Process) -> None:
-        third.signal(signal.SIGKILL) if third.popen.poll() is None else None
+        third.close()
         pipeline.wait_for_instances(engine=2)
         workers = {pipeline.ask(f"after the end, {number}").headers["x-worker-id"] for number in range(8)}
         assert workers <= {"0", "1"}

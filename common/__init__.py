@@ -10,8 +10,6 @@ _DEFAULTS = {
     "DYN_DISCOVERY_BACKEND": "etcd",
     "DYN_EVENT_PLANE": "nats",
     "DYN_LOG": "error",  # the programs write their own line per request
-    "NATS_SERVER": "nats://127.0.0.1:4222",
-    "ETCD_ENDPOINTS": "http://127.0.0.1:2379",
 }
 
 for _name, _value in _DEFAULTS.items():

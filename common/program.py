@@ -57,9 +57,9 @@ def run(main: Callable[[argparse.Namespace], Awaitable[None]], args: argparse.Na
 
     async def when_ready() -> None:
         if os.environ["DYN_REQUEST_PLANE"] == "nats":
-            await _reachable("NATS", os.environ["NATS_SERVER"])
+            await _reachable("NATS", os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222"))
         if os.environ["DYN_DISCOVERY_BACKEND"] == "etcd":
-            await _reachable("etcd", os.environ["ETCD_ENDPOINTS"])
+            await _reachable("etcd", os.environ.get("ETCD_ENDPOINTS", "http://127.0.0.1:2379"))
         await main(args)
 
     uvloop.run(when_ready())

@@ -38,10 +38,12 @@ class Launch(Process):
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    launch = Launch(tmp_path).wait_for("Ctrl-C ends it")
-    assert isinstance(launch, Launch)
-    yield launch
-    launch.close()
+    launch = Launch(tmp_path)
+    try:
+        launch.wait_for("Ctrl-C ends it")
+        yield launch
+    finally:
+        launch.close()
 
 
 def gone(parts: list[psutil.Process]) -> None:

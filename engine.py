@@ -2,6 +2,7 @@
 
     inference.engine.generate    token ids and sampling options -> token ids, as they are made
     inference.engine.describe    what this worker is: model, block size, capacity, addresses
+    inference.engine.cache       every block in its KV cache, for routers that come late
 
 It speaks Dynamo's own worker protocol, so that any Dynamo worker can stand in for it and it can serve Dynamo's own
 frontend. On ZMQ it publishes what enters and leaves its KV cache, and its load; `describe` says where.
@@ -13,17 +14,17 @@ LoRA, images and much more to the same calls.
 """
 
 import argparse
-import logging
 from collections.abc import AsyncIterator
 
 from common import sglang_cpu  # noqa: F401  SGLang's own processes import this file: here they learn that there is no GPU
-from common.messages import DescribeRequest, GenerateRequest, WorkerInfo
+from common.messages import DescribeRequest, GenerateRequest, SnapshotRequest, WorkerInfo
 from common.model import add_options
-from common.program import Handler, Program, parser, run
+from common.own_cache import OwnCache
+from common.program import Program, parser, run
 
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 
-log = logging.getLogger(__name__)
+GENERATE = "inference.engine.generate"
 
 
 @dynamo_worker()
@@ -36,13 +37,14 @@ async def serve_sglang(runtime: DistributedRuntime, args: argparse.Namespace) ->
     from common.sglang_engine import SglangEngine
 
     program = Program(runtime, args)
-    instance_id = runtime.endpoint("inference.engine.generate").connection_id()
-    engine = SglangEngine.start(args, instance_id, on_sigterm=program.stop)
+    endpoint = runtime.endpoint(GENERATE)
+    engine = SglangEngine.start(args, endpoint.connection_id(), on_sigterm=program.stop)
     try:
         async with program:
-            await program.serve("inference.engine.describe", describes(engine.info), DescribeRequest)
-            await program.serve("inference.engine.generate", engine.generate, GenerateRequest)
-            program.background(engine.publish(runtime, args.register_model))
+            announce(program, engine.info)
+            program.add(GENERATE, engine.generate, GenerateRequest)
+            await program.serve()
+            program.background(engine.publish(endpoint, args.register_model))
             await program.stopped()
     finally:
         engine.close()
@@ -53,19 +55,23 @@ async def serve_mocker(runtime: DistributedRuntime, args: argparse.Namespace) ->
 
     engine = await MockerEngine.start(args, runtime)
     async with Program(runtime, args) as program:
-        await program.serve("inference.engine.describe", describes(engine.info), DescribeRequest)
-        await program.serves("inference.engine.generate", engine.run(runtime))
-        program.background(engine.publish(runtime))
+        announce(program, engine.info)
+        program.add_served(GENERATE, lambda: engine.run(runtime))
+        await program.serve()
+        program.background(engine.publish())
         await program.stopped()
 
 
-def describes(info: WorkerInfo) -> Handler[DescribeRequest]:
-    """A handler that answers with `info`."""
+def announce(program: Program, info: WorkerInfo) -> None:
+    """Tell routers what this worker is, and what is in its cache."""
 
     async def describe(request: DescribeRequest, context: Context) -> AsyncIterator[WorkerInfo]:
         yield info
 
-    return describe
+    cache = OwnCache(info.kv_events, info.kv_replay)
+    program.background(cache.follow())
+    program.add("inference.engine.cache", cache.snapshot, SnapshotRequest)
+    program.add("inference.engine.describe", describe, DescribeRequest)
 
 
 def arguments() -> argparse.ArgumentParser:

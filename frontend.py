@@ -1,7 +1,7 @@
 """Frontend: the pipeline's door, an OpenAI-compatible HTTP server.
 
     POST /v1/chat/completions               streamed or not
-    GET  /v1/models  /health  /live
+    GET  /v1/models  /workers  /health  /live
     inference.frontend.chat_completions     the same for other Dynamo components, always streamed
 
 It gives each request its id, passes it to a processor, and writes what comes back as server-sent events or as one JSON
@@ -14,6 +14,7 @@ processor and the router in the same process.
 """
 
 import argparse
+import asyncio
 import json
 import logging
 import time
@@ -33,7 +34,7 @@ from common.chat import (
     Routing,
 )
 from common.errors import Internal, InvalidRequest, NotFound, Overloaded, PipelineError, Unavailable
-from common.messages import DescribeRequest, Usage
+from common.messages import DescribeRequest, RouterStatus, Usage, WorkersRequest
 from common.program import Program, parser, run
 from common.remote import Remote
 
@@ -62,11 +63,13 @@ class Frontend:
         program: Program,
         processors: Remote[ChatCompletionChunk],
         describe: Remote[ModelCard],
+        routers: Remote[RouterStatus],
         stages: dict[str, Remote[Any]],
     ) -> None:
         self._program = program
         self._processors = processors
         self._describe = describe
+        self._routers = routers
         self._stages = stages
 
     def app(self) -> web.Application:
@@ -75,6 +78,7 @@ class Frontend:
         app.on_response_prepare.append(add_request_id)
         app.router.add_post("/v1/chat/completions", self.post_chat_completions)
         app.router.add_get("/v1/models", self.get_models)
+        app.router.add_get("/workers", self.get_workers)
         app.router.add_get("/health", self.get_health)
         app.router.add_get("/live", self.get_live)
         return app
@@ -108,6 +112,14 @@ class Frontend:
     async def get_models(self, http: web.Request) -> web.Response:
         card = await self._describe.call(DescribeRequest())
         return json_response(ModelList(data=[card]))
+
+    async def get_workers(self, http: web.Request) -> web.Response:
+        """What each router knows of the workers."""
+        instances = self._routers.instance_ids()
+        if not instances:
+            raise Unavailable("no router is running; try again in a moment")
+        calls = (self._routers.call(WorkersRequest(), instance_id) for instance_id in instances)
+        return json_response({"routers": await asyncio.gather(*calls)})
 
     async def get_health(self, http: web.Request) -> web.Response:
         """Whether a request would be answered: 200 if every stage has an instance, else 503."""
@@ -285,11 +297,13 @@ async def add_request_id(http: web.Request, response: web.StreamResponse) -> Non
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     processors = await Remote.connect(runtime, args.processor, ChatCompletionChunk)
     describe = await Remote.connect(runtime, "inference.processor.describe", ModelCard)
+    routers = await Remote.connect(runtime, "inference.router.workers", RouterStatus)
     paths = STAGES | {"processor": args.processor}
     stages = {stage: await Remote.connect(runtime, path, object) for stage, path in paths.items()}
     async with Program(runtime, args) as program:
-        frontend = Frontend(program, processors, describe, stages)
-        await program.serve("inference.frontend.chat_completions", frontend.chat_completions, dict[str, object])
+        frontend = Frontend(program, processors, describe, routers, stages)
+        program.add("inference.frontend.chat_completions", frontend.chat_completions, dict[str, object])
+        await program.serve()
         runner = web.AppRunner(frontend.app(), handler_cancellation=True, access_log=None)
         await runner.setup()
         try:

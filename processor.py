@@ -33,7 +33,7 @@ from common.messages import (
     StopConditions,
     Usage,
 )
-from common.model import ChatModel, add_options, locate, served_name
+from common.model import Agreement, ChatModel, add_options, locate
 from common.program import Program, parser, request_id, run
 from common.remote import Remote
 from common.stop_strings import StopStrings
@@ -51,10 +51,17 @@ class Processor:
     """Answers chat completion requests."""
 
     def __init__(
-        self, model: ChatModel, block_size: int, router: Remote[RoutingDecision], engines: Remote[EngineOutput]
+        self,
+        model: ChatModel,
+        agreement: Agreement,
+        router: Remote[RoutingDecision],
+        engines: Remote[EngineOutput],
+        *,
+        send_tokens: bool,
     ) -> None:
         self._model = model
-        self._block_size = block_size
+        self._agreement = agreement
+        self._send_tokens = send_tokens
         self._router = router
         self._engines = engines
         self._created = int(time.time())
@@ -118,10 +125,12 @@ class Processor:
 
     def _find_worker(self, tokens: list[int], failed: list[int]) -> FindWorkerRequest:
         return FindWorkerRequest(
-            block_hashes=compute_block_hash_for_seq(tokens, self._block_size),
+            block_hashes=compute_block_hash_for_seq(tokens, self._agreement.block_size),
             tokens=len(tokens),
-            block_size=self._block_size,
-            model=self._model.name,
+            block_size=self._agreement.block_size,
+            model=self._agreement.model,
+            tokenizer=self._agreement.tokenizer,
+            token_ids=tokens if self._send_tokens else None,
             excluded=failed,
         )
 
@@ -227,14 +236,15 @@ def _finish_reason(reason: str | dict[str, object]) -> str:
 
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
-    located = locate(args.model)
-    model = ChatModel(located, served_name(located, args.model_name))
+    agreement = Agreement.of(args)
+    model = ChatModel(locate(args.model), agreement.model)
     router = await Remote.connect(runtime, "inference.router.find_worker", RoutingDecision)
     engines = await Remote.connect(runtime, "inference.engine.generate", EngineOutput)
-    processor = Processor(model, args.block_size, router, engines)
+    processor = Processor(model, agreement, router, engines, send_tokens=args.send_tokens)
     async with Program(runtime, args) as program:
-        await program.serve("inference.processor.describe", processor.describe, DescribeRequest)
-        await program.serve("inference.processor.process", processor.process, dict[str, object])
+        program.add("inference.processor.describe", processor.describe, DescribeRequest)
+        program.add("inference.processor.process", processor.process, dict[str, object])
+        await program.serve()
         await program.needs(router, engines)
         await program.stopped()
 
@@ -242,4 +252,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     options = parser(__doc__)
     add_options(options)
+    options.add_argument(
+        "--send-tokens", action="store_true", help="send the router the prompt too, which its --policy dynamo needs"
+    )
     run(main, options.parse_args())

@@ -9,7 +9,7 @@ _DEFAULTS = {
     "DYN_REQUEST_PLANE": "nats",
     "DYN_DISCOVERY_BACKEND": "etcd",
     "DYN_EVENT_PLANE": "nats",
-    "DYN_LOG": "error",  # the programs write their own line per request
+    "DYN_LOG": "error,request_span=off",  # the programs write their own line per request
 }
 
 for _name, _value in _DEFAULTS.items():

@@ -1,25 +1,59 @@
-"""Following what a worker publishes on ZMQ: its KV events, in order and without gaps, and its load.
+"""Following what a worker publishes on ZMQ: its KV events, without gaps, and its load.
 
-ZMQ's publish/subscribe loses messages: those sent before a subscriber was there, and those that a slow one has no room
-for. KV events carry sequence numbers and workers send the recent ones again on a second socket, so nothing is lost
-that the worker still has.
+ZMQ's publishers drop messages: those sent before a subscriber was there, and those that a slow one has no room for. So
+KV events carry sequence numbers, workers send the recent ones again on a second socket, and give a snapshot of their
+cache to who needs older ones. What cannot be had in any of these ways is said, never guessed.
 """
 
 import logging
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 
-from common.messages import KvEventBatch, LoadStat
+from common.errors import PipelineError
+from common.messages import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    CacheSnapshot,
+    KvEventBatch,
+    LoadStat,
+    StoredBlocks,
+)
 
 import msgspec
 import zmq
 import zmq.asyncio
+from dynamo.llm import compute_block_hash_for_seq
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # after this long without events, ask whether the last ones were lost
-REPLAY_SECONDS = 5.0  # a worker that does not answer a replay request for so long will not
+REPLAY_SECONDS = 1.0  # a worker that does not answer a replay request for so long will not
+REPLAY_ATTEMPTS = 3  # the answer can lose messages too
+END_OF_REPLAY = -1
 
-_END_OF_REPLAY = -1
+_UNSIGNED = 2**64
+
+
+@dataclass(slots=True, frozen=True)
+class RemovedBlocks:
+    """Blocks that are no longer in the cache."""
+
+    names: list[int]
+
+
+Change = StoredBlocks | RemovedBlocks | AllBlocksCleared
+Snapshot = Callable[[], AsyncIterator[CacheSnapshot]]
+
+
+@dataclass(slots=True, frozen=True)
+class Update:
+    """What changed in a worker's cache. After it, everything up to batch `sequence` is known."""
+
+    sequence: int
+    changes: list[Change]
+    lag: float  # seconds from the worker's clock to ours; 0 for a snapshot
 
 
 class Lost:
@@ -27,16 +61,19 @@ class Lost:
 
 
 class KvEventStream:
-    """One worker's KV events, from the oldest that it still has."""
+    """One worker's KV events. It begins with a snapshot of the cache if the worker gives any, else with the oldest
+    event that the worker still has."""
 
-    def __init__(self, events: str, replay: str) -> None:
+    def __init__(self, events: str, replay: str, snapshot: Snapshot | None = None) -> None:
         self._events = events
         self._replay = replay
+        self._snapshot = snapshot
         self._next = 0  # the sequence number of the next batch to give out
         self._decoder = msgspec.msgpack.Decoder(KvEventBatch)
+        self.up_to_date = False  # whether all is given out that was there at the beginning
 
-    async def __aiter__(self) -> AsyncIterator[KvEventBatch | Lost]:
-        """Yield every batch once, in order; `Lost` where there is a gap that cannot be filled."""
+    async def __aiter__(self) -> AsyncIterator[Update | Lost]:
+        """Yield every change once, in order; `Lost` where all that was said before no longer holds."""
         context = zmq.asyncio.Context.instance()
         with context.socket(zmq.SUB) as live, context.socket(zmq.DEALER) as replay:
             for socket, address in ((live, self._events), (replay, self._replay)):
@@ -44,53 +81,109 @@ class KvEventStream:
                 socket.set(zmq.RCVHWM, 0)
                 socket.connect(address)
             live.subscribe(b"")
-            behind = True
+            if self._snapshot:
+                async for item in self._start_over(self._snapshot):
+                    yield item
+            async for item in self._catch_up(replay):
+                yield item
+            self.up_to_date = True
             while True:
-                if behind:
+                if not await live.poll(IDLE_SECONDS * 1000):
                     async for item in self._catch_up(replay):
                         yield item
-                behind = not await live.poll(IDLE_SECONDS * 1000)
-                if behind:
                     continue
                 _, number, payload = await live.recv_multipart()
                 sequence = int.from_bytes(number, "big")
                 if sequence > self._next:
-                    async for item in self._catch_up(replay):
+                    async for item in self._catch_up(replay, (sequence, payload)):
                         yield item
-                for item in self._take(sequence, payload):
-                    yield item
+                elif sequence == self._next:
+                    yield self._take(sequence, payload)
 
-    async def _catch_up(self, replay: zmq.asyncio.Socket) -> AsyncIterator[KvEventBatch | Lost]:
-        """Ask for everything from the next batch on, and yield what comes."""
+    async def _catch_up(
+        self, replay: zmq.asyncio.Socket, came: tuple[int, bytes] | None = None
+    ) -> AsyncIterator[Update | Lost]:
+        """Yield what is missing up to now, and with it the batch that `came` too early."""
+        batches = dict([came] if came else ())
+        for _ in range(REPLAY_ATTEMPTS):
+            batches |= await self._replayed(replay)
+            for item in self._take_all(batches):
+                yield item
+            if not batches:
+                return
+        if self._next:  # not the oldest ones of a worker that has run for long
+            log.warning("%s: events %d to %d are lost", self._events, self._next, min(batches) - 1)
+        if self._snapshot:
+            async for item in self._start_over(self._snapshot):
+                yield item
+        if not self._snapshot:
+            self._next = min(batches)
+            yield Lost()
+        for item in self._take_all(batches):
+            yield item
+
+    async def _replayed(self, replay: zmq.asyncio.Socket) -> dict[int, bytes]:
+        """Ask for everything from the next batch on, and return what comes."""
+        batches: dict[int, bytes] = {}
         while await replay.poll(0):  # the rest of an earlier answer
             await replay.recv_multipart()
         await replay.send_multipart([b"", self._next.to_bytes(8, "big")])
         while await replay.poll(REPLAY_SECONDS * 1000):
             number, payload = (await replay.recv_multipart())[-2:]  # SGLang from 0.5.23 on puts the topic before them
             sequence = int.from_bytes(number, "big", signed=True)
-            if sequence == _END_OF_REPLAY:
-                return
-            for item in self._take(sequence, payload):
-                yield item
+            if sequence == END_OF_REPLAY:
+                return batches
+            batches[sequence] = payload
         log.warning("%s does not answer", self._replay)
+        return batches
 
-    def _take(self, sequence: int, payload: bytes) -> Iterator[KvEventBatch | Lost]:
-        """What to give out for a batch that came."""
-        if sequence < self._next:
-            return
-        if sequence > self._next:
-            if self._next:  # not the oldest ones of a worker that has run for long
-                log.warning("%s: events %d to %d are lost", self._events, self._next, sequence - 1)
-            yield Lost()
-        self._next = sequence + 1
-        yield self._decode(payload)
-
-    def _decode(self, payload: bytes) -> KvEventBatch | Lost:
+    async def _start_over(self, snapshot: Snapshot) -> AsyncIterator[Update | Lost]:
+        """Yield the whole cache, as the worker itself knows it."""
+        yield Lost()
         try:
-            return self._decoder.decode(payload)
-        except msgspec.DecodeError as error:
+            async for part in snapshot():
+                self._next = part.sequence + 1
+                yield Update(part.sequence, list(part.chains), lag=0.0)
+        except PipelineError as error:
+            log.warning("%s: no snapshot of the cache, so only new blocks will be known: %s", self._events, error)
+            self._snapshot = None
+
+    def _take_all(self, batches: dict[int, bytes]) -> Iterator[Update | Lost]:
+        """Give out the batches that are next, and leave those that are beyond a gap."""
+        while self._next in batches:
+            yield self._take(self._next, batches[self._next])
+        for sequence in [sequence for sequence in batches if sequence < self._next]:
+            del batches[sequence]
+
+    def _take(self, sequence: int, payload: bytes) -> Update | Lost:
+        self._next = sequence + 1
+        try:
+            batch = self._decoder.decode(payload)
+            changes = [change for event in batch.events if (change := _change(event))]
+        except (msgspec.DecodeError, ValueError) as error:
             log.error("%s: events that this program does not know (%s) are lost", self._events, error)
             return Lost()
+        return Update(sequence, changes, lag=time.time() - batch.timestamp)
+
+
+def _change(event: BlockStored | BlockRemoved | AllBlocksCleared) -> Change:
+    """An event with the block names as the tree takes them, and the blocks' tokens hashed."""
+    match event:
+        case BlockStored():
+            hashes = compute_block_hash_for_seq(event.token_ids, event.block_size)
+            if len(hashes) != len(event.block_hashes):
+                raise ValueError(f"{len(event.block_hashes)} blocks with tokens for {len(hashes)}")
+            parent = None if event.parent_block_hash is None else _unsigned(event.parent_block_hash)
+            return StoredBlocks(parent=parent, names=[_unsigned(name) for name in event.block_hashes], hashes=hashes)
+        case BlockRemoved():
+            return RemovedBlocks([_unsigned(name) for name in event.block_hashes])
+        case AllBlocksCleared():
+            return event
+
+
+def _unsigned(name: int | bytes) -> int:
+    """A block's name as 64 bits without a sign. SGLang's have a sign, vLLM's may be longer bytes."""
+    return int.from_bytes(name[-8:], "big") if isinstance(name, bytes) else name % _UNSIGNED
 
 
 async def load_stats(address: str) -> AsyncIterator[LoadStat]:

@@ -23,7 +23,21 @@ class FindWorkerRequest(Message):
     tokens: int  # the prompt's length
     block_size: int  # tokens in a block, as used for block_hashes
     model: str
+    tokenizer: str | None = None  # its fingerprint; None if the caller does not know
+    token_ids: list[int] | None = None  # the prompt itself, which only Dynamo's own KvRouter needs
     excluded: list[int] = []  # instances that already failed this request
+    explain: bool = False  # answer with the cost of every worker
+
+
+class WorkerCost(Message):
+    """Why a worker was chosen or not. All in blocks."""
+
+    worker_id: str
+    cached: int  # leading blocks of the prompt in its KV cache
+    expected: int  # leading blocks of the prompt in its cache or about to be computed there for another request
+    prefill: float  # waiting to be computed there
+    decode: float  # held by requests in progress there
+    cost: float
 
 
 class RoutingDecision(Message):
@@ -34,6 +48,43 @@ class RoutingDecision(Message):
     overlap_blocks: int  # leading blocks of the prompt that this worker has in its KV cache
     cost: float  # in blocks; see cost.py
     context_length: int | None = None  # tokens of prompt and answer together; None if the worker did not say
+    reasons: list[WorkerCost] = []  # for each candidate, if asked to explain
+
+
+# Router: inference.router.workers
+
+
+class WorkersRequest(Message):
+    """Asks a router what it knows of the workers."""
+
+
+class WorkerStatus(Message, omit_defaults=False):
+    """What a router knows of a worker."""
+
+    instance_id: int
+    worker_id: str
+    status: str  # "joined", "silent" (announces nothing: routed to by load alone) or "refused"
+    reason: str | None = None  # why it was refused
+    total_blocks: int | None = None  # KV blocks that fit
+    cached_blocks: int = 0  # KV blocks that it holds, by its events
+    prefill_blocks: float = 0.0  # waiting to be computed
+    decode_blocks: float = 0.0  # held by requests in progress
+    requests: int = 0  # in progress, of those that this router sent there
+    routed_requests: int = 0  # that this router sent there since the worker joined
+    routed_blocks: float = 0.0  # of their prompts,
+    overlap_blocks: int = 0  # and of those, the ones that were cached there
+    events: int = 0  # batches of KV events received
+    lost: int = 0  # times that events were lost for good or the cache was read anew
+    last_event_seconds: float | None = None  # since the last one came
+    event_lag_seconds: float | None = None  # that it took to come, if the clocks of both machines agree
+
+
+class RouterStatus(Message, omit_defaults=False):
+    """A router's view."""
+
+    router: int  # its instance
+    policy: str
+    workers: list[WorkerStatus]
 
 
 # Engine: inference.engine.describe
@@ -55,6 +106,29 @@ class WorkerInfo(Message):
     kv_events: str  # ZMQ address of its KV events
     kv_replay: str  # ZMQ address that sends past KV events again
     load: str  # ZMQ address of its load
+    tokenizer: str | None = None  # its fingerprint; None if there is no file to take it from
+
+
+# Engine: inference.engine.cache
+
+
+class SnapshotRequest(Message):
+    """Asks a worker for everything that is in its KV cache."""
+
+
+class StoredBlocks(Message):
+    """A chain of blocks in a KV cache, each the parent of the next."""
+
+    parent: int | None  # name of the block before the first; None if that begins a prompt
+    names: list[int]  # the engine's own names of the blocks in their place in the sequence, 64 bits without a sign
+    hashes: list[int]  # `compute_block_hash_for_seq` of each block's tokens
+
+
+class CacheSnapshot(Message):
+    """Part of a worker's KV cache. All parts of one answer are of the same moment."""
+
+    sequence: int  # of the last batch of KV events that is in it; -1 if none
+    chains: list[StoredBlocks]  # parents before their children
 
 
 # Engine: inference.engine.generate. Dynamo's own worker protocol: the names are those of its `PreprocessedRequest` and

@@ -13,7 +13,7 @@ from typing import Any
 
 from common.kv_events import publish_load
 from common.messages import LoadStat, WorkerInfo
-from common.model import locate, served_name
+from common.model import locate, served_name, tokenizer_fingerprint
 from common.ports import reserved
 
 import msgspec
@@ -24,6 +24,7 @@ from dynamo.runtime import DistributedRuntime
 ENDPOINT = "inference.engine.generate"
 MAX_CONTEXT = 2**20  # tokens; a simulation can be as long as one likes
 POLL_SECONDS = 0.1
+STALE_POLLS = 3  # without a new step; the last one's report is then no longer true
 
 
 class _Requests(msgspec.Struct):
@@ -45,6 +46,7 @@ class _Requests(msgspec.Struct):
 class _ForwardPass(msgspec.Struct):
     """What the simulated scheduler did in a step (Dynamo's ForwardPassMetrics)."""
 
+    counter_id: int
     scheduled_requests: _Requests
     queued_requests: _Requests
 
@@ -52,9 +54,10 @@ class _ForwardPass(msgspec.Struct):
 class MockerEngine:
     """One simulated engine: what it announces, and its run."""
 
-    def __init__(self, info: WorkerInfo, engine: Any, ports: ExitStack) -> None:
+    def __init__(self, info: WorkerInfo, engine: Any, metrics: FpmEventSubscriber, ports: ExitStack) -> None:
         self.info = info
         self._engine = engine
+        self._metrics = metrics
         self._ports = ports
 
     @classmethod
@@ -87,10 +90,12 @@ class MockerEngine:
                 kv_cache_block_size=args.block_size,
             ),
         )
-        instance_id = runtime.endpoint(ENDPOINT).connection_id()
+        endpoint = runtime.endpoint(ENDPOINT)
+        instance_id = endpoint.connection_id()
         info = WorkerInfo(
             instance_id=instance_id,
             worker_id=args.worker_id or str(instance_id),
+            tokenizer=tokenizer_fingerprint(located),
             model=name,
             block_size=args.block_size,
             total_blocks=args.mocker_blocks,
@@ -99,30 +104,33 @@ class MockerEngine:
             kv_replay=f"tcp://{args.host}:{replay}",
             load=f"tcp://{args.host}:{load}",
         )
-        return cls(info, engine, ports)
+        return cls(info, engine, FpmEventSubscriber(endpoint), ports)
 
     async def run(self, runtime: DistributedRuntime) -> None:
         """Serve requests until the runtime shuts down."""
         await run_input(runtime, f"dyn://{ENDPOINT}", self._engine)
 
-    async def publish(self, runtime: DistributedRuntime) -> None:
+    async def publish(self) -> None:
         """Publish the load. Runs until cancelled."""
         port = self.info.load.rpartition(":")[2]
-        await publish_load(f"tcp://*:{port}", self._stats(runtime))
+        await publish_load(f"tcp://*:{port}", self._stats())
 
-    async def _stats(self, runtime: DistributedRuntime) -> AsyncIterator[LoadStat]:
-        metrics = FpmEventSubscriber(runtime.endpoint(ENDPOINT))
-        metrics.start_tracking()
+    async def _stats(self) -> AsyncIterator[LoadStat]:
+        self._metrics.start_tracking()
         capacity = self.info.total_blocks * self.info.block_size
+        seen, polls = -1, 0
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            if latest := metrics.get_recent_stats().get((str(self.info.instance_id), 0)):
+            if latest := self._metrics.get_recent_stats().get((str(self.info.instance_id), 0)):
                 step = msgspec.msgpack.decode(latest, type=_ForwardPass)
+                polls = polls + 1 if step.counter_id == seen else 0
+                seen = step.counter_id
+                busy = polls < STALE_POLLS
                 running, queued = step.scheduled_requests, step.queued_requests
                 yield LoadStat(
-                    running_requests=running.requests,
-                    waiting_requests=queued.requests,
-                    used_tokens=running.tokens,
+                    running_requests=running.requests * busy,
+                    waiting_requests=queued.requests * busy,
+                    used_tokens=running.tokens * busy,
                     total_tokens=capacity,
-                    waiting_prefill_tokens=queued.sum_prefill_tokens,
+                    waiting_prefill_tokens=queued.sum_prefill_tokens * busy,
                 )

@@ -1,8 +1,10 @@
 """A model's text side: its name, chat template and tokenizer. The weights are the engine's business."""
 
 import argparse
+import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,47 @@ def locate(model: str | None) -> str:
 def served_name(located: str, name: str | None = None) -> str:
     """What clients call the model: `name` if given, else the folder's name or the name on the hub."""
     return name or (os.path.basename(located) if os.path.isabs(located) else located)
+
+
+def tokenizer_fingerprint(located: str) -> str | None:
+    """A short hash of the model's tokenizer.json: equal for equal tokenizers. None if the model has no such file, or it
+    cannot be had now."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        file = Path(located, "tokenizer.json") if os.path.isdir(located) else hf_hub_download(located, "tokenizer.json")
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    except (FileNotFoundError, HfHubHTTPError, LocalEntryNotFoundError):
+        return None
+
+
+@dataclass(slots=True, frozen=True)
+class Agreement:
+    """What the programs of one pipeline must agree on, or no prompt would ever be found in a cache."""
+
+    model: str
+    tokenizer: str | None  # its fingerprint; None if unknown
+    block_size: int  # tokens in a KV block
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Agreement":
+        """What the options of `add_options` say."""
+        located = locate(args.model)
+        return cls(served_name(located, args.model_name), tokenizer_fingerprint(located), args.block_size)
+
+    def misfit(self, other: "Agreement") -> str | None:
+        """What is different about another program; None if nothing is."""
+        if other.block_size != self.block_size:
+            return f"its KV blocks have {other.block_size} tokens, this router's {self.block_size} (--block-size)"
+        if other.model != self.model:
+            return f"it serves {other.model}, this router {self.model} (--model)"
+        if None not in (other.tokenizer, self.tokenizer) and other.tokenizer != self.tokenizer:
+            return (
+                f"its tokenizer has the fingerprint {other.tokenizer}, this router's {self.tokenizer}: both call their "
+                f"model {self.model}, but --model names different ones"
+            )
+        return None
 
 
 class ChatModel:

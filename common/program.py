@@ -5,8 +5,12 @@ Every program begins with `run` and serves inside `Program`:
     @dynamo_worker()
     async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
         async with Program(runtime, args) as program:
-            await program.serve("inference.stage.work", handler, WorkRequest)
+            program.add("inference.stage.work", handler, WorkRequest)
+            await program.serve()
             await program.stopped()
+
+All endpoints are made before the first is served. `runtime.endpoint` holds Python's lock while it waits for the
+runtime's threads; once requests arrive, those wait for that lock in turn, and the process would stand still for good.
 """
 
 import argparse
@@ -106,6 +110,7 @@ class Program:
         self._idle.set()
         self._in_progress = 0
         self._failed = False
+        self._added: list[tuple[str, Endpoint, Callable[[], Awaitable[Any]]]] = []
         self._endpoints: list[Endpoint] = []
         self._served: list[asyncio.Future[Any]] = []
         self._background: list[asyncio.Task[None]] = []
@@ -115,10 +120,9 @@ class Program:
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
         return self
 
-    async def serve(self, path: str, handler: Handler[Request], request: type[Request]) -> None:
-        """Register `path` ("namespace.component.endpoint") and answer its requests with `handler`, an asynchronous
-        generator that gets a decoded `request` and yields messages."""
-        endpoint = self.runtime.endpoint(path)
+    def add(self, path: str, handler: Handler[Request], request: type[Request]) -> None:
+        """Serve `path` ("namespace.component.endpoint") with `handler`, an asynchronous generator that gets a decoded
+        `request` and yields messages. It begins with `serve`."""
 
         async def answer(body: object, context: Context) -> AsyncIterator[object]:
             with self.in_progress():
@@ -131,20 +135,28 @@ class Program:
                     log.exception("request %s failed", request_id(context))
                     raise Internal(f"{path} failed: {type(error).__name__}: {error}") from error
 
-        self._endpoints.append(endpoint)
-        await self.serves(path, endpoint.serve_endpoint(answer))
-
-    async def serves(self, path: str, served: Awaitable[Any]) -> None:
-        """Return once `path`, which `served` serves, is registered. If `served` ends before it was asked to, this
-        program stops with an error."""
-        future = asyncio.ensure_future(served)
-        future.add_done_callback(self._served_ended)
-        self._served.append(future)
         endpoint = self.runtime.endpoint(path)
-        client = await endpoint.client()
-        while endpoint.connection_id() not in client.instance_ids() and not self.stopping:
-            await asyncio.sleep(REGISTER_SECONDS)
-        log.info("serving %s as instance %d", path, endpoint.connection_id())
+        self._added.append((path, endpoint, lambda: self._register(endpoint, answer)))
+
+    def add_served(self, path: str, serve: Callable[[], Awaitable[Any]]) -> None:
+        """Have `path` served by `serve`, which registers it and answers its requests in its own way."""
+        self._added.append((path, self.runtime.endpoint(path), serve))
+
+    async def serve(self) -> None:
+        """Return once everything that was added is registered, in that order. If serving ends before it was asked to,
+        this program stops with an error."""
+        for path, endpoint, serve in self._added:
+            future = asyncio.ensure_future(serve())
+            future.add_done_callback(self._served_ended)
+            self._served.append(future)
+            client = await endpoint.client()
+            while endpoint.connection_id() not in client.instance_ids() and not self.stopping:
+                await asyncio.sleep(REGISTER_SECONDS)
+            log.info("serving %s as instance %d", path, endpoint.connection_id())
+
+    def _register(self, endpoint: Endpoint, answer: Any) -> Awaitable[Any]:
+        self._endpoints.append(endpoint)
+        return endpoint.serve_endpoint(answer)
 
     def background(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` beside the endpoints until this program leaves. It must not end before."""

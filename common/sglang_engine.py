@@ -13,7 +13,7 @@ from common import sglang_cpu
 from common.errors import Internal, InvalidRequest, Overloaded
 from common.kv_events import load_stats
 from common.messages import EngineOutput, GenerateRequest, PromptTokensDetails, SamplingOptions, Usage, WorkerInfo
-from common.model import locate, served_name
+from common.model import locate, served_name, tokenizer_fingerprint
 from common.ports import reserved
 
 from dynamo.llm import (
@@ -26,7 +26,7 @@ from dynamo.llm import (
     register_model,
     unregister_model,
 )
-from dynamo.runtime import Context, DistributedRuntime
+from dynamo.runtime import Context, Endpoint
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class SglangEngine:
         info = WorkerInfo(
             instance_id=instance_id,
             worker_id=args.worker_id or str(instance_id),
+            tokenizer=tokenizer_fingerprint(located),
             model=served_name(located, args.model_name),
             block_size=args.block_size,
             total_blocks=cache_tokens // args.block_size,
@@ -119,10 +120,9 @@ class SglangEngine:
             abort.cancel()
             self._engine.tokenizer_manager.abort_request(rid)  # does nothing if it has ended
 
-    async def publish(self, runtime: DistributedRuntime, register: bool) -> None:
+    async def publish(self, endpoint: Endpoint, register: bool) -> None:
         """Tell Dynamo's event plane of the KV events and the load; with `register`, also make the model known to
         Dynamo's own frontend and router. Runs until cancelled."""
-        endpoint = runtime.endpoint("inference.engine.generate")
         metrics = WorkerMetricsPublisher()
         await metrics.create_endpoint(endpoint)
         relay = KvEventPublisher(

@@ -162,10 +162,12 @@ class Launcher:
         args = self._args
         check_free(args.port, f"use another one: {sys.argv[0].replace('scripts/launch.py', 'launch.sh')} --port N")
         await self._start_servers()
+        send_tokens = ["--send-tokens"] if args.policy == "dynamo" else []
         engines = [self._engine(number) for number in range(args.engines)]
+        model = self._model_options()
         others = [
-            self._program("router", [*self._model_options()], "serving inference.router.find_worker"),
-            self._program("processor", [*self._model_options()], "serving inference.processor.process"),
+            self._program("router", [*model, "--policy", args.policy], "serving inference.router.find_worker"),
+            self._program("processor", [*model, *send_tokens], "serving inference.processor.process"),
             self._program("frontend", ["--port", str(args.port), "--host", args.host], "listening on"),
         ]
         await asyncio.gather(self._start_engines(engines), *(self._start_part(part) for part in others))
@@ -385,6 +387,12 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model-name", help="what clients call it (default: the folder's or hub's name)")
     parser.add_argument("--backend", choices=["sglang", "mocker"], default="sglang", help="mocker: simulated engines")
+    parser.add_argument(
+        "--policy",
+        choices=["kv", "least-loaded", "round-robin", "random", "dynamo"],
+        default="kv",
+        help="how the router chooses; dynamo: with its own KvRouter (default: kv)",
+    )
     parser.add_argument("--block-size", type=int, default=16, help="tokens in a KV block (default: 16)")
     parser.add_argument("--port", type=int, default=8000, help="HTTP port (default: 8000)")
     parser.add_argument("--host", default="127.0.0.1", help="HTTP address; 0.0.0.0 for all (default: 127.0.0.1)")

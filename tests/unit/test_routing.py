@@ -1,28 +1,26 @@
-"""The router's two pictures of a worker, its cache and its load, and the choice that they lead to."""
+"""The router's two pictures of a worker, its cache and its load."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 
-from common.cost import Candidate, choose
-from common.messages import AllBlocksCleared, BlockRemoved, BlockStored, FindWorkerRequest, LoadStat
-from common.prefix_index import PrefixIndex
-from common.worker import Worker
+from common.kv_events import RemovedBlocks
+from common.messages import AllBlocksCleared, LoadStat, StoredBlocks
+from common.prefix_index import PrefixIndex, path
+from common.worker import Prompt, Worker
 
 import pytest
-from dynamo.llm import compute_block_hash_for_seq
 
 BLOCK = 4
-TOKENS = tuple(range(3 * BLOCK))
-HASHES = compute_block_hash_for_seq(list(TOKENS), BLOCK)
+HASHES = [101, 102, 103]
 
 
-def stored(tokens: Sequence[int], names: list[int], parent: int | None = None) -> BlockStored:
-    return BlockStored(block_hashes=list(names), parent_block_hash=parent, token_ids=list(tokens), block_size=BLOCK)
+def stored(hashes: list[int], names: list[int], parent: int | None = None) -> StoredBlocks:
+    return StoredBlocks(parent=parent, names=names, hashes=hashes)
 
 
-def prompt(blocks: int, *, hashes: list[int] | None = None) -> FindWorkerRequest:
-    return FindWorkerRequest(block_hashes=hashes or [], tokens=blocks * BLOCK, block_size=BLOCK, model="m")
+def prompt(blocks: float, hashes: list[int] | None = None) -> Prompt:
+    return Prompt(path(hashes or []), blocks)
 
 
 @pytest.fixture
@@ -31,31 +29,43 @@ def leases() -> Iterator[ExitStack]:
         yield stack
 
 
+class TestPath:
+    def test_equal_numbers_mean_equal_prefixes(self) -> None:
+        one, other = path([1, 2, 3, 4]), path([1, 2, 9, 4])
+        assert one[:2] == other[:2]
+        assert one[2] != other[2]
+        assert one[3] != other[3]
+
+    def test_it_goes_on_from_a_parent(self) -> None:
+        whole = path(HASHES)
+        assert path(HASHES[1:], whole[0]) == whole[1:]
+
+
 class TestPrefixIndex:
     def test_counts_the_leading_blocks_that_each_worker_has(self) -> None:
         index = PrefixIndex()
-        index.apply(1, stored(TOKENS, [10, 11, 12]))
-        index.apply(2, stored(TOKENS[:BLOCK], [-5]))
+        index.apply(1, stored(HASHES, [10, 11, 12]))
+        index.apply(2, stored(HASHES[:1], [5]))
         assert index.overlaps(HASHES) == {1: 3, 2: 1}
         assert index.overlaps(HASHES[1:]) == {}
         assert (index.blocks(1), index.blocks(2), index.blocks(3)) == (3, 1, 0)
 
     def test_chains_grow_from_their_parent(self) -> None:
         index = PrefixIndex()
-        index.apply(1, stored(TOKENS[:BLOCK], [-10]))
-        index.apply(1, stored(TOKENS[BLOCK:], [-11, -12], parent=-10))
+        assert index.apply(1, stored(HASHES[:1], [10])) == path(HASHES)[:1]
+        assert index.apply(1, stored(HASHES[1:], [11, 12], parent=10)) == path(HASHES)[1:]
         assert index.overlaps(HASHES) == {1: 3}
 
     def test_a_chain_without_its_beginning_is_not_counted(self) -> None:
         index = PrefixIndex()
-        index.apply(1, stored(TOKENS[BLOCK:], [11, 12], parent=10))
+        assert index.apply(1, stored(HASHES[1:], [11, 12], parent=10)) == []
         assert index.overlaps(HASHES) == {}
         assert index.blocks(1) == 0
 
     def test_removed_blocks_are_gone(self) -> None:
         index = PrefixIndex()
-        index.apply(1, stored(TOKENS, [10, 11, 12]))
-        index.apply(1, BlockRemoved(block_hashes=[12, 99]))
+        index.apply(1, stored(HASHES, [10, 11, 12]))
+        index.apply(1, RemovedBlocks([12, 99]))
         assert index.overlaps(HASHES) == {1: 2}
         index.apply(1, AllBlocksCleared())
         assert index.overlaps(HASHES) == {}
@@ -63,7 +73,7 @@ class TestPrefixIndex:
     def test_one_worker_is_forgotten_and_the_other_stays(self) -> None:
         index = PrefixIndex()
         for worker in (1, 2):
-            index.apply(worker, stored(TOKENS, [10, 11, 12]))
+            index.apply(worker, stored(HASHES, [10, 11, 12]))
         index.forget(1)
         assert index.overlaps(HASHES) == {2: 3}
 
@@ -71,7 +81,7 @@ class TestPrefixIndex:
         index = PrefixIndex()
         for _ in range(2):
             index.clear(1)
-            index.apply(1, stored(TOKENS, [10, 11, 12]))
+            index.apply(1, stored(HASHES, [10, 11, 12]))
         assert index.overlaps(HASHES) == {1: 3}
 
     def test_agrees_with_a_simple_account_of_random_events(self) -> None:
@@ -79,23 +89,20 @@ class TestPrefixIndex:
         index, account = PrefixIndex(), {1: set[tuple[int, ...]](), 2: set[tuple[int, ...]]()}
         for _ in range(500):
             worker = chance.choice([1, 2])
-            blocks = [chance.randrange(3) for _ in range(chance.randrange(1, 5))]
-            path = tuple(blocks)
+            blocks = tuple(chance.randrange(3) for _ in range(chance.randrange(1, 5)))
             if chance.random() < 0.6:
-                tokens = [token for block in blocks for token in [block] * BLOCK]
-                names = [hash(path[: length + 1]) for length in range(len(path))]
-                index.apply(worker, stored(tokens, names))
-                account[worker] |= {path[: length + 1] for length in range(len(path))}
+                prefixes = [blocks[: length + 1] for length in range(len(blocks))]
+                index.apply(worker, stored(list(blocks), [hash(prefix) % 2**64 for prefix in prefixes]))
+                account[worker] |= set(prefixes)
             else:  # engines evict the ends of chains first
                 leaves = [leaf for leaf in account[worker] if not any(o[:-1] == leaf for o in account[worker])]
                 if leaves:
                     leaf = chance.choice(sorted(leaves))
-                    index.apply(worker, BlockRemoved(block_hashes=[hash(leaf)]))
+                    index.apply(worker, RemovedBlocks([hash(leaf) % 2**64]))
                     account[worker].discard(leaf)
             wanted = [chance.randrange(3) for _ in range(4)]
-            hashes = compute_block_hash_for_seq([token for block in wanted for token in [block] * BLOCK], BLOCK)
             lengths = {w: sum(tuple(wanted[: n + 1]) in paths for n in range(4)) for w, paths in account.items()}
-            assert index.overlaps(hashes) == {w: length for w, length in lengths.items() if length}
+            assert index.overlaps(wanted) == {w: length for w, length in lengths.items() if length}
             assert all(index.blocks(w) == len(paths) for w, paths in account.items())
 
 
@@ -105,52 +112,69 @@ class TestWorker:
         with worker.lease(prompt(10), overlap_blocks=4):
             assert (worker.prefill_blocks, worker.decode_blocks, worker.requests) == (6, 10, 1)
         assert (worker.prefill_blocks, worker.decode_blocks, worker.requests) == (0, 0, 0)
+        assert (worker.routed_requests, worker.routed_blocks, worker.overlap_blocks) == (1, 10, 4)
 
     def test_its_prefill_is_done_when_its_last_block_is_stored(self) -> None:
         worker = Worker(1, None, BLOCK)
-        with worker.lease(prompt(3, hashes=[7, 8, 9]), 0), worker.lease(prompt(3, hashes=[7, 8, 5]), 0):
-            worker.stored([7, 8])
+        with worker.lease(prompt(3, [7, 8, 9]), 0) as one, worker.lease(prompt(3, [7, 8, 5]), 0):
+            worker.stored(path([7, 8]))
             assert worker.prefill_blocks == 6
-            worker.stored([9])
-            assert (worker.prefill_blocks, worker.decode_blocks) == (3, 6)
+            worker.stored(path([7, 8, 9])[2:])
+            assert worker.prefill_blocks == 3
+            assert one.prefilled.is_set()
+
+    def test_a_block_with_the_same_tokens_elsewhere_does_not_end_a_prefill(self) -> None:
+        worker = Worker(1, None, BLOCK)
+        with worker.lease(prompt(3, [7, 8, 9]), 0):
+            worker.stored(path([1, 2, 9]))
+            assert worker.prefill_blocks == 3
+
+    def test_shared_blocks_are_held_once(self) -> None:
+        worker = Worker(1, None, BLOCK)
+        with worker.lease(prompt(3.5, [7, 8, 9]), 0):
+            with worker.lease(prompt(3, [7, 8, 5]), 0):
+                assert worker.decode_blocks == 4.5
+                assert worker.held_blocks(path([7, 8, 5, 6])) == 3
+                assert worker.held_blocks(path([8])) == 0
+            assert worker.decode_blocks == 3.5
+            assert worker.held_blocks(path([7, 8, 5, 6])) == 2
+
+    def test_blocks_that_are_expected_are_not_computed_twice(self) -> None:
+        worker = Worker(1, None, BLOCK)
+        with worker.lease(prompt(3, [7, 8, 9]), 0), worker.lease(prompt(3, [7, 8, 5]), 0, expected_blocks=2):
+            assert worker.prefill_blocks == 4
 
     def test_what_a_worker_reports_beyond_our_leases_counts_too(self, leases: ExitStack) -> None:
         worker = Worker(1, None, BLOCK)
         leases.enter_context(worker.lease(prompt(10), 10))
-        busy = LoadStat(running_requests=3, waiting_requests=1, used_tokens=100, total_tokens=999)
+        busy = LoadStat(
+            running_requests=3, waiting_requests=1, used_tokens=100, total_tokens=999, waiting_prefill_tokens=60
+        )
         worker.reported(busy)
-        assert worker.decode_blocks == 25
+        assert (worker.prefill_blocks, worker.decode_blocks) == (5, 25)
         worker.reported(LoadStat(running_requests=0, waiting_requests=0, used_tokens=0, total_tokens=999))
-        assert worker.decode_blocks == 10  # our request is on its way to it
+        assert (worker.prefill_blocks, worker.decode_blocks) == (0, 10)  # our request is on its way to it
 
+    def test_a_report_from_before_our_request_ended_does_not_bring_it_back(self) -> None:
+        worker = Worker(1, None, BLOCK)
+        with worker.lease(prompt(10), 0):
+            pass
+        worker.reported(LoadStat(running_requests=1, waiting_requests=0, used_tokens=10 * BLOCK, total_tokens=999))
+        assert worker.decode_blocks == 0
 
-class TestChoice:
-    def candidate(self, worker: Worker, overlap: int = 0) -> Candidate:
-        return Candidate(worker=worker, overlap_blocks=overlap)
-
-    def test_the_prefix_decides_between_idle_workers(self) -> None:
-        cold, warm = (self.candidate(Worker(number, None, BLOCK), overlap) for number, overlap in ((1, 0), (2, 3)))
-        assert choose([cold, warm], 10) == (warm, 7)
-
-    def test_load_outweighs_a_short_prefix(self, leases: ExitStack) -> None:
-        busy, idle = Worker(1, None, BLOCK), Worker(2, None, BLOCK)
-        leases.enter_context(busy.lease(prompt(8), 8))
-        short, long = self.candidate(busy, overlap=5), self.candidate(busy, overlap=9)
-        assert choose([short, self.candidate(idle)], 10)[0].worker is idle
-        assert choose([long, self.candidate(idle)], 10)[0].worker is busy
-
-    def test_waiting_prefills_cost_as_much_as_our_own(self, leases: ExitStack) -> None:
-        busy, idle = Worker(1, None, BLOCK), Worker(2, None, BLOCK)
-        leases.enter_context(busy.lease(prompt(4), 0))
-        assert choose([self.candidate(busy), self.candidate(idle)], 10)[1] == 10
-        assert self.candidate(busy).cost(10) == 10 + 4 + 4
-
-    def test_among_equals_the_one_not_chosen_for_longest_wins(self) -> None:
-        candidates = [self.candidate(Worker(number, None, BLOCK)) for number in (1, 2, 3)]
-        turns = []
-        for _ in range(7):
-            worker = choose(candidates, 10)[0].worker
-            turns.append(worker.instance_id)
-            with worker.lease(prompt(10), 0):
-                pass
-        assert turns == [1, 2, 3, 1, 2, 3, 1]
+    def test_nothing_is_left_of_many_requests(self) -> None:
+        worker, chance, open_leases = Worker(1, None, BLOCK), random.Random(2), list[ExitStack]()
+        for _ in range(300):
+            hashes = [chance.randrange(2) for _ in range(chance.randrange(6))]
+            lease = ExitStack()
+            lease.enter_context(worker.lease(prompt(len(hashes) + 0.25, hashes), chance.randrange(len(hashes) + 1)))
+            open_leases.append(lease)
+            worker.stored(path([chance.randrange(2) for _ in range(4)]))
+            if chance.random() < 0.4:
+                open_leases.pop(chance.randrange(len(open_leases))).close()
+        assert worker.decode_blocks > 10
+        for lease in open_leases:
+            lease.close()
+        assert worker.prefill_blocks == pytest.approx(0)
+        assert worker.decode_blocks == pytest.approx(0)
+        assert worker.requests == 0

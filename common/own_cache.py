@@ -1,0 +1,48 @@
+"""A worker's account of its own KV cache, for routers that come late or have lost events."""
+
+from collections.abc import AsyncIterator, Iterator
+
+from common.kv_events import KvEventStream, Update
+from common.messages import CacheSnapshot, SnapshotRequest, StoredBlocks
+from common.prefix_index import PrefixIndex
+
+from dynamo.runtime import Context
+
+PART_BLOCKS = 4096  # in one message of a snapshot
+
+_SELF = 0
+
+
+class OwnCache:
+    """Engines keep their recent KV events only. This is what all of them amount to, however long ago they were."""
+
+    def __init__(self, events: str, replay: str) -> None:
+        self._events = KvEventStream(events, replay)
+        self._index = PrefixIndex()
+        self._sequence = -1  # of the last batch of events that is in it
+
+    async def follow(self) -> None:
+        """Keep the account. Runs until cancelled."""
+        async for item, _ in self._index.follow(_SELF, self._events):
+            if isinstance(item, Update):
+                self._sequence = item.sequence
+
+    async def snapshot(self, request: SnapshotRequest, context: Context) -> AsyncIterator[CacheSnapshot]:
+        """Yield the whole account, as it is now, in parts; parents come before their children."""
+        sequence, chains = self._sequence, self._index.chains(_SELF)
+        part: list[StoredBlocks] = []
+        for chain in _pieces(chains):
+            if part and sum(len(one.names) for one in part) + len(chain.names) > PART_BLOCKS:
+                yield CacheSnapshot(sequence=sequence, chains=part)
+                part = []
+            part.append(chain)
+        yield CacheSnapshot(sequence=sequence, chains=part)
+
+
+def _pieces(chains: list[StoredBlocks]) -> Iterator[StoredBlocks]:
+    """The chains, with those cut up that are too long for a message."""
+    for chain in chains:
+        for start in range(0, len(chain.names), PART_BLOCKS):
+            end = start + PART_BLOCKS
+            parent = chain.names[start - 1] if start else chain.parent
+            yield StoredBlocks(parent=parent, names=chain.names[start:end], hashes=chain.hashes[start:end])

@@ -1,0 +1,99 @@
+"""Routing policies: which worker gets a prompt.
+
+A policy is a function from a candidate to its cost. The lowest cost wins; equal ones are drawn by lot. To add a
+policy, write a function and put it into `POLICIES`.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from common.worker import Prompt, Worker
+
+
+@dataclass(slots=True, frozen=True)
+class Weights:
+    """What `kv` weighs its terms with. Names and defaults are those of Dynamo's KvRouterConfig."""
+
+    overlap_score_credit: float = 1.0  # of a cached block: 0 ignores the caches, above 1 a cached block saves extra
+    prefill_load_scale: float = 1.0  # of the prefill: higher, and the time to the first token counts for more
+    decode_active_request_weight: float = 0.0  # blocks that a request in progress costs, whatever its length
+    router_temperature: float = 0.0  # above 0, workers are drawn, the cheaper the likelier: less of a herd, less cached
+
+
+@dataclass(slots=True, frozen=True)
+class Candidate:
+    """A worker that could take a prompt."""
+
+    worker: Worker
+    prompt: Prompt
+    cached: int  # leading blocks of the prompt that it has
+    held: int  # leading blocks of the prompt that requests in progress there hold, computed or about to be
+
+    @property
+    def expected(self) -> int:
+        """Leading blocks of the prompt that will be in its cache when the prompt's turn comes."""
+        return max(self.cached, self.held)
+
+
+Policy = Callable[[Candidate, Weights], float]
+
+
+def kv(candidate: Candidate, weights: Weights) -> float:
+    """Blocks to compute there before the first token, plus blocks that each decoding step there will read:
+
+        prefill_load_scale * max(0, waiting + prompt - overlap_score_credit * overlap) + decode
+
+    as in Dynamo's KvRouter (lib/kv-router/src/scheduling/selector.rs). The first term is the time until the first
+    token, for prefills run one after the other; the second stands for the time of each token after it.
+
+    One thing is added. Blocks that the worker is about to compute for another request are as good as cached, and
+    waiting for them costs nothing, because this prompt needs them anyway. So a burst of prompts with the same new
+    prefix computes it once, on one worker, instead of once on each.
+    """
+    worker, blocks, expected = candidate.worker, candidate.prompt.blocks, candidate.expected
+    waiting = max(worker.prefill_blocks - (expected - candidate.cached), 0.0)
+    prefill = max(waiting + blocks - weights.overlap_score_credit * expected, 0.0)
+    decode = worker.decode_blocks + blocks - candidate.held
+    return weights.prefill_load_scale * prefill + decode + weights.decode_active_request_weight * worker.requests
+
+
+def least_loaded(candidate: Candidate, weights: Weights) -> float:
+    """The worker with the fewest blocks to compute and to read."""
+    return candidate.worker.prefill_blocks + candidate.worker.decode_blocks
+
+
+def round_robin(candidate: Candidate, weights: Weights) -> float:
+    """The worker that was not chosen for longest."""
+    return candidate.worker.chosen_at
+
+
+def at_random(candidate: Candidate, weights: Weights) -> float:
+    """Any worker."""
+    return 0.0
+
+
+POLICIES: dict[str, Policy] = {
+    "kv": kv,
+    "least-loaded": least_loaded,
+    "round-robin": round_robin,
+    "random": at_random,
+}
+
+
+def choose(candidates: Sequence[Candidate], policy: Policy, weights: Weights) -> tuple[Candidate, list[float]]:
+    """The candidate that a policy takes, and the cost of each."""
+    costs = [policy(candidate, weights) for candidate in candidates]
+    lowest = min(costs)
+    if weights.router_temperature > 0:
+        return random.choices(candidates, _softmax(costs, weights.router_temperature))[0], costs
+    best = [candidate for candidate, cost in zip(candidates, costs, strict=True) if cost == lowest]
+    return random.choice(best), costs
+
+
+def _softmax(costs: Sequence[float], temperature: float) -> list[float]:
+    """Chances, from costs scaled to a range of 1 (as softmax_sample in Dynamo's selector.rs)."""
+    lowest = min(costs)
+    scale = (max(costs) - lowest) * temperature or 1.0
+    return [math.exp((lowest - cost) / scale) for cost in costs]

@@ -1,0 +1,203 @@
+"""The router over real engines: what it knows is true, misfits are refused, its death and its twin do no harm."""
+
+import concurrent.futures
+import itertools
+import json
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.model import DEFAULT_MODEL
+from common.policy import POLICIES
+from tests.system.conftest import Cluster, Pipeline, Process, until
+
+import httpx
+import pytest
+
+
+def lines(process: Process) -> list[dict[str, Any]]:
+    """The lines of JSON that a program has written before it ended."""
+    assert process.exit_code() == 0, process.text
+    return [json.loads(line) for line in process.text.splitlines() if line.startswith("{")]
+
+
+def start_mockers(cluster: Cluster, count: int, *options: str) -> list[Process]:
+    return [
+        cluster.start("engine", "--backend", "mocker", "--worker-id", str(number), *options, name=f"engine-{number}")
+        for number in range(count)
+    ]
+
+
+def router_workers(cluster: Cluster) -> list[dict[str, Any]]:
+    """What the first router knows of the workers."""
+    with cluster.client() as client:
+        routers = client.get("/workers").json()["routers"]
+    workers: list[dict[str, Any]] = routers[0]["workers"]
+    return workers
+
+
+@pytest.fixture
+def mockers(tmp_path: Path) -> Iterator[Pipeline]:
+    """A pipeline with three simulated engines."""
+    pipeline = Pipeline(tmp_path)
+    try:
+        start_mockers(pipeline, 3)
+        for program in ("router", "processor", "frontend"):
+            pipeline.start(program)
+        pipeline.wait_for_instances(processor=1, router=1, engine=3)
+        yield pipeline
+    finally:
+        pipeline.close()
+
+
+def follow_over_a_bad_network(cluster: Cluster, part_tokens: int) -> list[dict[str, Any]]:
+    program = (sys.executable, "-m", "tests.system.lossy_caches", Pipeline.model, str(part_tokens))
+    return lines(cluster.run("lossy", *program))
+
+
+def test_the_index_becomes_the_cache_of_sglang_whatever_the_network_does(pipeline: Pipeline) -> None:
+    for report in follow_over_a_bad_network(pipeline, 320):
+        assert report["equal"], report
+        assert report["dropped"] > 10
+        assert report["removed"] > 0
+        assert report["blocks"] > 100
+
+
+def test_the_index_becomes_the_cache_of_the_mocker_whatever_the_network_does(cluster: Cluster) -> None:
+    cluster.start("engine", "--backend", "mocker", "--mocker-blocks", "512")
+    (report,) = follow_over_a_bad_network(cluster, 320)
+    assert report["equal"], report
+    assert report["dropped"] > 10
+    assert report["removed"] > 0
+    assert report["blocks"] > 100
+
+
+def overlaps(pipeline: Pipeline, prompts: list[str]) -> list[tuple[str, int]]:
+    """Who answers each prompt, and how many blocks of it were cached there."""
+    headers = [pipeline.ask(prompt, max_tokens=1).headers for prompt in prompts]
+    return [(header["x-worker-id"], int(header["x-kv-overlap-blocks"])) for header in headers]
+
+
+def test_a_router_that_is_killed_under_load_loses_nothing_and_soon_knows_all(mockers: Pipeline) -> None:
+    prompts = [f"{number}: " + f"what is {number}? " * 500 for number in range(12)]
+    overlaps(mockers, prompts)
+    before = overlaps(mockers, prompts)
+    assert min(blocks for _, blocks in before) > 100  # more than the load below could outweigh
+    (router,) = [process for process in mockers.processes if process.log.stem == "router"]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        load = [pool.submit(mockers.ask, f"more {number}", max_tokens=40) for number in range(200)]
+        until(lambda: sum(answer.done() for answer in load) > 40, "load")
+        router.signal(signal.SIGKILL)
+        mockers.start("router", name="router-2").wait_for("serving inference.router.find_worker")
+        after = overlaps(mockers, prompts)
+        assert Counter(answer.result().status_code for answer in load) == {200: 200}
+    assert after == before
+
+
+def test_an_engine_that_starts_again_has_an_empty_cache(mockers: Pipeline) -> None:
+    prompt = "the same again, " * 30
+    (worker, _), (again, blocks) = overlaps(mockers, [prompt, prompt])
+    assert again == worker and blocks > 5
+    (engine,) = [process for process in mockers.processes if process.log.stem == f"engine-{worker}"]
+    engine.signal()
+    assert engine.exit_code() == 0
+    mockers.start("engine", "--backend", "mocker", "--worker-id", worker, name=f"engine-{worker}-again")
+    mockers.wait_for_instances(engine=3)
+    until(lambda: len(router_workers(mockers)) == 3, "the new engine at the router")
+    (status,) = [status for status in router_workers(mockers) if status["worker_id"] == worker]
+    assert status["cached_blocks"] == 0
+    assert overlaps(mockers, [prompt])[0][1] == 0
+
+
+def test_two_routers_do_not_herd(mockers: Pipeline) -> None:
+    mockers.start("router", name="router-2").wait_for("serving inference.router.find_worker")
+    mockers.wait_for_instances(router=2)
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        ask = lambda number: mockers.ask(f"{number} is new, " * 40, max_tokens=60)  # noqa: E731
+        counts = Counter(response.headers["x-worker-id"] for response in pool.map(ask, range(240)))
+    with mockers.client() as client:
+        routers = client.get("/workers").json()["routers"]
+    shares = [sum(worker["routed_requests"] for worker in router["workers"]) for router in routers]
+    assert min(shares) > 80  # both had a part in it
+    assert max(counts.values()) < 1.35 * 240 / 3
+
+
+def test_workers_that_do_not_fit_are_refused_and_shown(mockers: Pipeline, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(DEFAULT_MODEL, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["truncation"] = None
+    tokenizer["version"] = "1.0"
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
+    misfits = {
+        "blocks": ("--block-size", "32"),
+        "tokenizer": ("--model", str(other), "--model-name", Pipeline.model),
+    }
+    for name, options in misfits.items():
+        mockers.start("engine", "--backend", "mocker", "--worker-id", name, *options, name=f"engine-{name}")
+
+    def refused() -> dict[str, str]:
+        return {w["worker_id"]: w["reason"] for w in router_workers(mockers) if w["status"] == "refused"}
+
+    until(lambda: len(refused()) == 2, "two refusals")
+    assert "its KV blocks have 32 tokens, this router's 16" in refused()["blocks"]
+    assert "its tokenizer has the fingerprint" in refused()["tokenizer"]
+    log = (mockers.folder / "router.log").read_text()
+    assert log.count("ERROR") == log.count("refused worker") == 2
+    assert {mockers.ask(f"{n}").headers["x-worker-id"] for n in range(12)} <= {"0", "1", "2"}
+
+
+def test_a_processor_that_does_not_fit_is_told_so(mockers: Pipeline) -> None:
+    port = mockers.port
+    mockers.start("processor", "--block-size", "32", name="processor-32")
+    mockers.wait_for_instances(processor=2)
+    answers = [mockers.ask(f"{number}") for number in range(4)]
+    assert port == mockers.port
+    assert sorted({answer.status_code for answer in answers}) == [200, 400]
+    (message,) = {answer.json()["error"]["message"] for answer in answers if answer.status_code == 400}
+    assert "the router refuses this processor: its KV blocks have 32 tokens" in message
+
+
+def test_a_router_says_what_it_knows_and_why_it_chooses(mockers: Pipeline) -> None:
+    prompt = "tell me of the workers, " * 20
+    overlaps(mockers, [prompt, prompt])
+    workers = router_workers(mockers)
+    assert {worker["worker_id"] for worker in workers} == {"0", "1", "2"}
+    assert {worker["status"] for worker in workers} == {"joined"}
+    (one,) = [worker for worker in workers if worker["routed_requests"] >= 2]
+    assert one["cached_blocks"] > 5
+    assert one["overlap_blocks"] > 5
+    assert one["requests"] == 0
+    assert one["last_event_seconds"] is not None
+    tokens = json.dumps([list(range(100, 164))])
+    (decision,) = lines(mockers.run("ask", sys.executable, "-m", "tests.system.ask_router", mockers.model, tokens))
+    assert {reason["worker_id"] for reason in decision["reasons"]} == {"0", "1", "2"}
+    assert decision["cost"] == min(reason["cost"] for reason in decision["reasons"])
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "dynamo"])
+def test_every_policy_answers(cluster: Cluster, policy: str) -> None:
+    start_mockers(cluster, 2)
+    cluster.start("router", "--policy", policy)
+    cluster.start("processor", *(["--send-tokens"] if policy == "dynamo" else []))
+    cluster.start("frontend")
+    cluster.wait_for_instances(processor=1, router=1, engine=2)
+    body = {"model": Pipeline.model, "messages": [{"role": "user", "content": "Hello! " * 40}], "max_tokens": 4}
+
+    def ask() -> httpx.Response:
+        with cluster.client() as client:
+            return client.post("/v1/chat/completions", json=body)
+
+    until(lambda: ask().status_code == 200, "an answer")
+    answers = [ask() for _ in range(6)]
+    assert {answer.status_code for answer in answers} == {200}
+    workers = [answer.headers["x-worker-id"] for answer in answers]
+    if policy in ("kv", "dynamo"):
+        assert len(set(workers)) == 1
+        assert int(answers[-1].headers["x-kv-overlap-blocks"]) > 2
+    if policy == "round-robin":
+        assert all(one != following for one, following in itertools.pairwise(workers))

@@ -4,8 +4,8 @@
     inference.router.workers        what this router knows of each worker
 
 It keeps two pictures of each engine: which blocks are in its KV cache, from the events that the engine publishes on
-ZMQ (common/fleet.py), and how busy it is, from the requests sent there (a decision counts until its stream ends) and
-from what the engine publishes itself (common/worker.py). How it weighs the two is in common/policy.py.
+ZMQ (common/membership.py), and how busy it is, from the requests sent there (a decision counts until its stream ends)
+and from what the engine publishes itself (common/worker.py). How it weighs the two is in common/policy.py.
 
 It knows nothing about text, tokens or answers: prompts come as hashes, and answers do not pass through it.
 
@@ -22,10 +22,11 @@ from dataclasses import fields
 from common.errors import InvalidRequest, Unavailable
 from common.fleet import Fleet
 from common.kv_router import DynamoPolicy
+from common.membership import Membership
 from common.messages import FindWorkerRequest, RouterStatus, RoutingDecision, WorkerCost, WorkersRequest
 from common.model import Agreement, add_options
 from common.overlap_watch import OverlapWatch
-from common.policy import POLICIES, Candidate, Weights, choose
+from common.policy import POLICIES, Candidate, Weights, choose, kv
 from common.prefix_index import path
 from common.program import Program, parser, run
 from common.worker import Prompt
@@ -39,6 +40,7 @@ class Router:
     def __init__(
         self,
         fleet: Fleet,
+        membership: Membership,
         agreement: Agreement,
         policy: str,
         weights: Weights,
@@ -46,6 +48,7 @@ class Router:
         dynamo: DynamoPolicy | None = None,
     ) -> None:
         self._fleet = fleet
+        self._membership = membership
         self._agreement = agreement
         self._policy = policy
         self._weights = weights
@@ -57,10 +60,10 @@ class Router:
     async def find_worker(self, request: FindWorkerRequest, context: Context) -> AsyncIterator[RoutingDecision]:
         """Yield the decision, then hold it as load on the worker until the caller ends the stream or dies."""
         self._check(request)
-        await self._fleet.settled()
+        await self._membership.settled()
         prompt = Prompt(path(request.block_hashes), request.tokens / self._agreement.block_size)
-        async with self._lease(request, prompt) as decision:
-            yield decision
+        async with self._lease(request, prompt) as found:
+            yield found
             closing = asyncio.create_task(self.closing.wait())
             await asyncio.wait((context.async_killed_or_stopped(), closing), return_when=asyncio.FIRST_COMPLETED)
             closing.cancel()
@@ -81,61 +84,57 @@ class Router:
         candidates = self._candidates(request, prompt)
         if self._dynamo and not request.excluded:
             async with self._dynamo.lease(request, candidates) as best:
-                yield self._decision(best, 0.0, [])
+                yield decision(best)
             return
-        best, costs = choose(candidates, POLICIES[self._policy], self._weights)
-        reasons = [self._reason(*pair) for pair in zip(candidates, costs, strict=True)] if request.explain else []
+        best = choose(candidates, POLICIES.get(self._policy, kv), self._weights)
         with best.worker.lease(prompt, best.cached, best.expected):
-            yield self._decision(best, costs[candidates.index(best)], reasons)
+            yield decision(best, candidates if request.explain else ())
 
-    def _candidates(self, request: FindWorkerRequest, prompt: Prompt) -> Sequence[Candidate]:
-        """The workers that may take the prompt, and how much of it each has. Raises Unavailable if there is none."""
-        cached = self._fleet.index.overlaps(request.block_hashes)
-        self._watch.asked(prompt, bool(cached), self._fleet.workers.values())
-        candidates = [
-            Candidate(worker, prompt, cached.get(instance_id, 0), worker.held_blocks(prompt.path))
-            for instance_id, worker in self._fleet.workers.items()
-            if instance_id not in request.excluded
-        ]
+    def _candidates(self, request: FindWorkerRequest, prompt: Prompt) -> list[Candidate]:
+        """The workers that may take the prompt. Raises Unavailable if there is none."""
+        candidates = self._fleet.candidates(prompt, request.block_hashes, request.excluded)
         if not candidates:
             raise Unavailable("no engine serves the model now; try again in a moment", code="no_worker")
+        self._watch.asked(prompt, any(candidate.cached for candidate in candidates), self._fleet.workers.values())
         return candidates
 
-    def _decision(self, best: Candidate, cost: float, reasons: list[WorkerCost]) -> RoutingDecision:
-        return RoutingDecision(
-            instance_id=best.worker.instance_id,
-            worker_id=best.worker.name,
-            overlap_blocks=best.cached,
-            cost=cost,
-            context_length=best.worker.info.context_length if best.worker.info else None,
-            reasons=reasons,
-        )
 
-    def _reason(self, candidate: Candidate, cost: float) -> WorkerCost:
-        return WorkerCost(
-            worker_id=candidate.worker.name,
-            cached=candidate.cached,
-            expected=candidate.expected,
-            prefill=candidate.worker.prefill_blocks,
-            decode=candidate.worker.decode_blocks,
-            cost=cost,
-        )
+def decision(best: Candidate, reasons: Sequence[Candidate] = ()) -> RoutingDecision:
+    return RoutingDecision(
+        instance_id=best.worker.instance_id,
+        worker_id=best.worker.name,
+        overlap_blocks=best.cached,
+        cost=best.cost,
+        context_length=best.worker.info.context_length if best.worker.info else None,
+        reasons=[
+            WorkerCost(
+                worker_id=candidate.worker.name,
+                cached=candidate.cached,
+                expected=candidate.expected,
+                prefill=candidate.worker.prefill_blocks,
+                decode=candidate.worker.decode_blocks,
+                cost=candidate.cost,
+            )
+            for candidate in reasons
+        ],
+    )
 
 
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     agreement = Agreement.of(args)
     weights = Weights(**{field.name: getattr(args, field.name) for field in fields(Weights)})
-    fleet = await Fleet.connect(runtime, agreement)
+    fleet = Fleet()
+    membership = await Membership.connect(runtime, fleet, agreement)
     dynamo = DynamoPolicy(runtime, agreement.block_size, weights) if args.policy == "dynamo" else None
     instance_id = runtime.endpoint("inference.router.find_worker").connection_id()
-    router = Router(fleet, agreement, args.policy, weights, instance_id, dynamo)
+    router = Router(fleet, membership, agreement, args.policy, weights, instance_id, dynamo)
     async with Program(runtime, args) as program:
         program.add("inference.router.workers", router.workers, WorkersRequest)
         program.add("inference.router.find_worker", router.find_worker, FindWorkerRequest)
-        program.background(fleet.follow())
+        program.background(membership.follow())
         await program.serve()
-        await program.needs(fleet.engines)
+        await program.needs(membership.engines)
         await program.stopped()
         router.closing.set()
 

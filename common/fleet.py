@@ -1,158 +1,62 @@
-"""The workers that a router may choose from, followed as they join, work and leave."""
+"""The workers that a router may choose from: their caches, their load, and the ones that do not fit."""
 
-import asyncio
 import logging
 import time
-import uuid
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import Collection, Sequence
 
-from common.errors import PipelineError
-from common.kv_events import KvEventStream, load_stats
-from common.messages import (
-    CacheSnapshot,
-    DescribeRequest,
-    EngineOutput,
-    SnapshotRequest,
-    WorkerInfo,
-    WorkerStatus,
-)
-from common.model import Agreement
+from common.messages import WorkerStatus
+from common.policy import Candidate
 from common.prefix_index import PrefixIndex
-from common.remote import Remote
-from common.worker import Worker
-
-from dynamo.runtime import Context, DistributedRuntime
+from common.worker import Prompt, Worker
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.1  # between looks at who is registered, a list in memory that the runtime keeps up to date
-SETTLE_SECONDS = 3.0  # how long the first requests wait for the workers that are there to be taken in
-ANNOUNCE_SECONDS = 2.0  # how long a new worker may take to announce itself before it is taken for a silent one
-
 
 class Fleet:
-    """All engines: the ones that take requests, with their load and caches, and the ones that do not fit."""
+    """All engines, as this router sees them. Who is in it is the business of membership.py."""
 
-    def __init__(
-        self,
-        engines: Remote[EngineOutput],
-        describe: Remote[WorkerInfo],
-        cache: Remote[CacheSnapshot],
-        agreement: Agreement,
-    ) -> None:
-        self.engines = engines
-        self._describe = describe
-        self._cache = cache
-        self._agreement = agreement
-        self._refused: dict[int, WorkerStatus] = {}
-        self._streams: dict[int, KvEventStream] = {}
-        self._settled = asyncio.Event()
+    def __init__(self) -> None:
         self.workers: dict[int, Worker] = {}
         self.index = PrefixIndex()
+        self._refused: dict[int, WorkerStatus] = {}
 
-    @classmethod
-    async def connect(cls, runtime: DistributedRuntime, agreement: Agreement) -> "Fleet":
-        """The engines of the namespace. Those that do not share the agreement are refused."""
-        return cls(
-            await Remote.connect(runtime, "inference.engine.generate", EngineOutput),
-            await Remote.connect(runtime, "inference.engine.describe", WorkerInfo),
-            await Remote.connect(runtime, "inference.engine.cache", CacheSnapshot),
-            agreement,
+    def add(self, worker: Worker) -> None:
+        """Let a worker take requests."""
+        if worker.name in {other.name for other in self.workers.values()}:
+            log.warning("two workers are called %s: give each its own --worker-id", worker.name)
+        self.workers[worker.instance_id] = worker
+
+    def refuse(self, instance_id: int, name: str, reason: str) -> None:
+        """Give a worker no requests, and say why."""
+        log.error("refused worker %s (instance %d): %s", name, instance_id, reason)
+        self.workers.pop(instance_id, None)
+        self.index.forget(instance_id)
+        self._refused[instance_id] = WorkerStatus(
+            instance_id=instance_id, worker_id=name, status="refused", reason=reason
         )
 
-    async def settled(self) -> None:
-        """Return at once, unless the first workers are just being taken in: a router that has just started decides as
-        well as one that has run for long."""
-        if not self._settled.is_set() and self.engines.instance_ids():
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._settled.wait(), SETTLE_SECONDS)
-            self._settled.set()
+    def is_refused(self, instance_id: int) -> bool:
+        return instance_id in self._refused
 
-    async def follow(self) -> None:
-        """Learn of engines that join, forget those that leave. Runs until cancelled."""
-        following: dict[int, asyncio.Task[None]] = {}
-        while True:
-            registered = set(self.engines.instance_ids())
-            for instance_id in registered - following.keys():
-                following[instance_id] = asyncio.create_task(self._follow(instance_id))
-            for instance_id in following.keys() - registered:
-                following.pop(instance_id).cancel()
-                self._refused.pop(instance_id, None)
-            if registered and all(map(self._is_known, registered)):
-                self._settled.set()
-            await asyncio.sleep(POLL_SECONDS)
+    def forget(self, instance_id: int) -> None:
+        """A worker has left."""
+        self._refused.pop(instance_id, None)
+        self.index.forget(instance_id)
+        if worker := self.workers.pop(instance_id, None):
+            log.info("worker %s left", worker.name)
+
+    def candidates(self, prompt: Prompt, block_hashes: Sequence[int], excluded: Collection[int]) -> list[Candidate]:
+        """The workers that may take a prompt, and how much of it each has."""
+        cached = self.index.overlaps(block_hashes)
+        return [
+            Candidate(worker, prompt, cached.get(instance_id, 0), worker.held_blocks(prompt.path))
+            for instance_id, worker in self.workers.items()
+            if instance_id not in excluded
+        ]
 
     def status(self) -> list[WorkerStatus]:
         """What is known of every worker, also of refused ones."""
         return [self._status(worker) for worker in self.workers.values()] + list(self._refused.values())
-
-    async def _follow(self, instance_id: int) -> None:
-        """Take a worker in, keep its pictures true until it leaves, and forget it."""
-        name = str(instance_id)
-        try:
-            info = await self._announcement(instance_id)
-            worker = Worker(instance_id, info, self._agreement.block_size)
-            name = worker.name
-            if info and (reason := self._agreement.misfit(Agreement(info.model, info.tokenizer, info.block_size))):
-                self._refuse(instance_id, name, reason)
-                return
-            if name in {other.name for other in self.workers.values()}:
-                log.warning("two workers are called %s: give each its own --worker-id", name)
-            self.workers[instance_id] = worker
-            if info is None:
-                log.warning("worker %s announces nothing, so it is routed to by load alone", name)
-                await asyncio.Event().wait()
-            else:
-                log.info("worker %s joined: %d blocks of %d tokens", name, info.total_blocks, info.block_size)
-                await asyncio.gather(self._follow_cache(worker, info), self._follow_load(worker, info))
-        except Exception as error:
-            log.exception("worker %s can no longer be followed and gets no more requests", name)
-            self._refuse(instance_id, name, f"it could no longer be followed: {type(error).__name__}: {error}")
-        finally:
-            if instance_id in self.workers:
-                log.info("worker %s left", self.workers.pop(instance_id).name)
-            self._streams.pop(instance_id, None)
-            self.index.forget(instance_id)
-
-    async def _announcement(self, instance_id: int) -> WorkerInfo | None:
-        """What a worker says of itself; None for one that has no such endpoint, like Dynamo's own workers."""
-        deadline = asyncio.get_running_loop().time() + ANNOUNCE_SECONDS
-        while asyncio.get_running_loop().time() < deadline:
-            if instance_id in self._describe.instance_ids() and instance_id in self._cache.instance_ids():
-                try:
-                    return await asyncio.wait_for(self._describe.call(DescribeRequest(), instance_id), timeout=5)
-                except (PipelineError, TimeoutError) as error:
-                    log.warning("worker %d does not describe itself yet: %s", instance_id, error)
-                    deadline += POLL_SECONDS  # it will, or it will leave
-            await asyncio.sleep(POLL_SECONDS)
-        return None
-
-    def _is_known(self, instance_id: int) -> bool:
-        """Whether a worker's first picture is complete."""
-        if worker := self.workers.get(instance_id):
-            stream = self._streams.get(instance_id)
-            return worker.info is None or (stream is not None and stream.up_to_date)
-        return instance_id in self._refused
-
-    def _refuse(self, instance_id: int, name: str, reason: str) -> None:
-        self._refused[instance_id] = WorkerStatus(
-            instance_id=instance_id, worker_id=name, status="refused", reason=reason
-        )
-        log.error("refused worker %s (instance %d): %s", name, instance_id, reason)
-
-    async def _follow_cache(self, worker: Worker, info: WorkerInfo) -> None:
-        def snapshot() -> AsyncIterator[CacheSnapshot]:
-            return self._cache.stream(SnapshotRequest(), Context(uuid.uuid4().hex), worker.instance_id)
-
-        events = self._streams[worker.instance_id] = KvEventStream(info.kv_events, info.kv_replay, snapshot)
-        async for item, stored in self.index.follow(worker.instance_id, events):
-            worker.updated(item)
-            worker.stored(stored)
-
-    async def _follow_load(self, worker: Worker, info: WorkerInfo) -> None:
-        async for stat in load_stats(info.load):
-            worker.reported(stat)
 
     def _status(self, worker: Worker) -> WorkerStatus:
         return WorkerStatus(

@@ -22,7 +22,9 @@ class Weights:
     router_temperature: float = 0.0  # above 0, workers are drawn, the cheaper the likelier: less of a herd, less cached
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(
+    slots=True, eq=False
+)  # not frozen: that makes them three times as slow to build, and there is one for every worker
 class Candidate:
     """A worker that could take a prompt."""
 
@@ -30,6 +32,7 @@ class Candidate:
     prompt: Prompt
     cached: int  # leading blocks of the prompt that it has
     held: int  # leading blocks of the prompt that requests in progress there hold, computed or about to be
+    cost: float = 0.0  # by the policy that chose, once it has
 
     @property
     def expected(self) -> int:
@@ -82,14 +85,15 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def choose(candidates: Sequence[Candidate], policy: Policy, weights: Weights) -> tuple[Candidate, list[float]]:
-    """The candidate that a policy takes, and the cost of each."""
-    costs = [policy(candidate, weights) for candidate in candidates]
-    lowest = min(costs)
+def choose(candidates: Sequence[Candidate], policy: Policy, weights: Weights) -> Candidate:
+    """The candidate that a policy takes. Sets the cost of each."""
+    for candidate in candidates:
+        candidate.cost = policy(candidate, weights)
+    costs = [candidate.cost for candidate in candidates]
     if weights.router_temperature > 0:
-        return random.choices(candidates, _softmax(costs, weights.router_temperature))[0], costs
-    best = [candidate for candidate, cost in zip(candidates, costs, strict=True) if cost == lowest]
-    return random.choice(best), costs
+        return random.choices(candidates, _softmax(costs, weights.router_temperature))[0]
+    lowest = min(costs)
+    return random.choice([candidate for candidate in candidates if candidate.cost == lowest])
 
 
 def _softmax(costs: Sequence[float], temperature: float) -> list[float]:

@@ -34,7 +34,7 @@ def prompt(blocks: float = 10, hashes: Sequence[int] = ()) -> Prompt:
 
 
 def taken(candidates: list[Candidate], policy: Any = kv, weights: Weights = DEFAULT) -> Worker:
-    return choose(candidates, policy, weights)[0].worker
+    return choose(candidates, policy, weights).worker
 
 
 class TestKv:
@@ -73,7 +73,7 @@ class TestKv:
         where = list[int]()
         for number in range(12):
             sibling = prompt(102, [*range(100), 1000 + number, 2000 + number])
-            best, _ = choose([candidate(worker, sibling) for worker in fleet], kv, DEFAULT)
+            best = choose([candidate(worker, sibling) for worker in fleet], kv, DEFAULT)
             leases.enter_context(best.worker.lease(sibling, best.cached, best.expected))
             where.append(best.worker.instance_id)
         assert len(set(where)) == 1
@@ -84,7 +84,7 @@ class TestKv:
         where = Counter[int]()
         for number in range(12):
             sibling = prompt(60, [*range(20), *range(100 * (number + 1), 100 * (number + 1) + 40)])
-            best, _ = choose([candidate(worker, sibling) for worker in fleet], kv, DEFAULT)
+            best = choose([candidate(worker, sibling) for worker in fleet], kv, DEFAULT)
             leases.enter_context(best.worker.lease(sibling, best.cached, best.expected))
             where[best.worker.instance_id] += 1
         assert set(where.values()) == {3}

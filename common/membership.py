@@ -1,0 +1,128 @@
+"""Who is in the fleet: engines are followed as they join, work and leave."""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+from common.errors import PipelineError
+from common.fleet import Fleet
+from common.kv_events import KvEventStream, load_stats
+from common.messages import CacheSnapshot, DescribeRequest, EngineOutput, SnapshotRequest, WorkerInfo
+from common.model import Agreement
+from common.remote import Remote
+from common.worker import Worker
+
+from dynamo.runtime import Context, DistributedRuntime
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1  # between looks at who is registered, a list in memory that the runtime keeps up to date
+SETTLE_SECONDS = 3.0  # how long the first requests wait for the workers that are there to be taken in
+ANNOUNCE_SECONDS = 2.0  # how long a new worker may take to announce itself before it is taken for a silent one
+
+
+class Membership:
+    """Keeps a fleet true to what is registered in etcd and to what the engines publish."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        agreement: Agreement,
+        engines: Remote[EngineOutput],
+        describe: Remote[WorkerInfo],
+        cache: Remote[CacheSnapshot],
+    ) -> None:
+        self.engines = engines
+        self._fleet = fleet
+        self._agreement = agreement
+        self._describe = describe
+        self._cache = cache
+        self._streams: dict[int, KvEventStream] = {}
+        self._settled = asyncio.Event()
+
+    @classmethod
+    async def connect(cls, runtime: DistributedRuntime, fleet: Fleet, agreement: Agreement) -> "Membership":
+        """The engines of the namespace. Those that do not share the agreement are refused."""
+        engines = await Remote.connect(runtime, "inference.engine.generate", EngineOutput)
+        describe = await Remote.connect(runtime, "inference.engine.describe", WorkerInfo)
+        cache = await Remote.connect(runtime, "inference.engine.cache", CacheSnapshot)
+        return cls(fleet, agreement, engines, describe, cache)
+
+    async def settled(self) -> None:
+        """Return at once, unless the first workers are just being taken in: a router that has just started decides as
+        well as one that has run for long."""
+        if not self._settled.is_set() and self.engines.instance_ids():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._settled.wait(), SETTLE_SECONDS)
+            self._settled.set()
+
+    async def follow(self) -> None:
+        """Learn of engines that join, forget those that leave. Runs until cancelled."""
+        following: dict[int, asyncio.Task[None]] = {}
+        while True:
+            registered = set(self.engines.instance_ids())
+            for instance_id in registered - following.keys():
+                following[instance_id] = asyncio.create_task(self._follow(instance_id))
+            for instance_id in following.keys() - registered:
+                following.pop(instance_id).cancel()
+                self._streams.pop(instance_id, None)
+                self._fleet.forget(instance_id)
+            if registered and all(map(self._is_known, registered)):
+                self._settled.set()
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _follow(self, instance_id: int) -> None:
+        """Take a worker in, and keep its pictures true until it leaves."""
+        name = str(instance_id)
+        try:
+            info = await self._announcement(instance_id)
+            worker = Worker(instance_id, info, self._agreement.block_size)
+            name = worker.name
+            if info is None:
+                self._fleet.add(worker)
+                log.warning("worker %s announces nothing, so it is routed to by load alone", name)
+                return
+            if reason := self._agreement.misfit(Agreement(info.model, info.tokenizer, info.block_size)):
+                self._fleet.refuse(instance_id, name, reason)
+                return
+            self._fleet.add(worker)
+            log.info("worker %s joined: %d blocks of %d tokens", name, info.total_blocks, info.block_size)
+            await asyncio.gather(self._follow_cache(worker, info), self._follow_load(worker, info))
+        except Exception as error:
+            log.exception("worker %s can no longer be followed", name)
+            self._fleet.refuse(instance_id, name, f"it can no longer be followed: {type(error).__name__}: {error}")
+
+    async def _announcement(self, instance_id: int) -> WorkerInfo | None:
+        """What a worker says of itself; None for one that has no such endpoint, like Dynamo's own workers."""
+        deadline = asyncio.get_running_loop().time() + ANNOUNCE_SECONDS
+        while asyncio.get_running_loop().time() < deadline:
+            if instance_id in self._describe.instance_ids() and instance_id in self._cache.instance_ids():
+                try:
+                    return await asyncio.wait_for(self._describe.call(DescribeRequest(), instance_id), timeout=5)
+                except (PipelineError, TimeoutError) as error:
+                    log.warning("worker %d does not describe itself yet: %s", instance_id, error)
+                    deadline += POLL_SECONDS  # it will, or it will leave
+            await asyncio.sleep(POLL_SECONDS)
+        return None
+
+    async def _follow_cache(self, worker: Worker, info: WorkerInfo) -> None:
+        def snapshot() -> AsyncIterator[CacheSnapshot]:
+            return self._cache.stream(SnapshotRequest(), Context(uuid.uuid4().hex), worker.instance_id)
+
+        events = self._streams[worker.instance_id] = KvEventStream(info.kv_events, info.kv_replay, snapshot)
+        async for item, stored in self._fleet.index.follow(worker.instance_id, events):
+            worker.updated(item)
+            worker.stored(stored)
+
+    async def _follow_load(self, worker: Worker, info: WorkerInfo) -> None:
+        async for stat in load_stats(info.load):
+            worker.reported(stat)
+
+    def _is_known(self, instance_id: int) -> bool:
+        """Whether a worker's first picture is complete."""
+        if worker := self._fleet.workers.get(instance_id):
+            stream = self._streams.get(instance_id)
+            return worker.info is None or (stream is not None and stream.up_to_date)
+        return self._fleet.is_refused(instance_id)

@@ -153,6 +153,9 @@ def arguments() -> argparse.ArgumentParser:
         "--prefill-load-scale", type=float, default=1.0, help="what a block to compute costs, against one to read"
     )
     weights.add_argument(
+        "--decode-load-scale", type=float, default=0.25, help="what a block to read costs; KvRouter always takes 1"
+    )
+    weights.add_argument(
         "--decode-active-request-weight", type=float, default=0.0, help="blocks that each request in progress costs"
     )
     weights.add_argument(

@@ -20,7 +20,9 @@ class DynamoPolicy:
     plane, so workers must be registered with Dynamo: simulated ones are, SGLang's are with --register-model."""
 
     def __init__(self, runtime: DistributedRuntime, block_size: int, weights: Weights) -> None:
-        config = KvRouterConfig(**asdict(weights))
+        theirs = asdict(weights)
+        del theirs["decode_load_scale"]
+        config = KvRouterConfig(**theirs)
         self._router = KvRouter(runtime.endpoint("inference.engine.generate"), block_size, config)
 
     @asynccontextmanager

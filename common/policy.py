@@ -14,12 +14,15 @@ from common.worker import Prompt, Worker
 
 @dataclass(slots=True, frozen=True)
 class Weights:
-    """What `kv` weighs its terms with. Names and defaults are those of Dynamo's KvRouterConfig."""
+    """What `kv` weighs its terms with. Names and defaults are those of Dynamo's KvRouterConfig, but for the last."""
 
     overlap_score_credit: float = 1.0  # of a cached block: 0 ignores the caches, above 1 a cached block saves extra
     prefill_load_scale: float = 1.0  # of the prefill: higher, and the time to the first token counts for more
     decode_active_request_weight: float = 0.0  # blocks that a request in progress costs, whatever its length
     router_temperature: float = 0.0  # above 0, workers are drawn, the cheaper the likelier: less of a herd, less cached
+    decode_load_scale: float = (
+        0.25  # of the blocks to read: 1 as in Dynamo, where they cost as much as blocks to compute
+    )
 
 
 @dataclass(
@@ -46,20 +49,26 @@ Policy = Callable[[Candidate, Weights], float]
 def kv(candidate: Candidate, weights: Weights) -> float:
     """Blocks to compute there before the first token, plus blocks that each decoding step there will read:
 
-        prefill_load_scale * max(0, waiting + prompt - overlap_score_credit * overlap) + decode
+        prefill_load_scale * max(0, waiting + prompt - overlap_score_credit * overlap) + decode_load_scale * decode
 
     as in Dynamo's KvRouter (lib/kv-router/src/scheduling/selector.rs). The first term is the time until the first
     token, for prefills run one after the other; the second stands for the time of each token after it.
 
-    One thing is added. Blocks that the worker is about to compute for another request are as good as cached, and
-    waiting for them costs nothing, because this prompt needs them anyway. So a burst of prompts with the same new
-    prefix computes it once, on one worker, instead of once on each.
+    Two things are different. To read a block is cheaper than to compute it, so `decode_load_scale` is not 1: with 1,
+    one long conversation in progress outweighs all that a worker has cached (benchmarks/routing.py shows the effect).
+    And blocks that the worker is about to compute for another request are as good as cached, and waiting for them costs
+    nothing, because this prompt needs them anyway: so a burst of prompts with the same new prefix computes it once, on
+    one worker, instead of once on each.
     """
     worker, blocks, expected = candidate.worker, candidate.prompt.blocks, candidate.expected
     waiting = max(worker.prefill_blocks - (expected - candidate.cached), 0.0)
     prefill = max(waiting + blocks - weights.overlap_score_credit * expected, 0.0)
     decode = worker.decode_blocks + blocks - candidate.held
-    return weights.prefill_load_scale * prefill + decode + weights.decode_active_request_weight * worker.requests
+    return (
+        weights.prefill_load_scale * prefill
+        + weights.decode_load_scale * decode
+        + weights.decode_active_request_weight * worker.requests
+    )
 
 
 def least_loaded(candidate: Candidate, weights: Weights) -> float:

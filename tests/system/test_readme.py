@@ -4,7 +4,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+from common.policy import Candidate, Weights, choose
+from common.worker import Prompt, Worker
 from tests.system.conftest import REPOSITORY, Pipeline
 
 README = (REPOSITORY / "README.md").read_text()
@@ -35,6 +38,14 @@ def test_the_fifth_stage_runs(tmp_path: Path) -> None:
         pipeline.close()
 
 
+def test_the_policy_decides() -> None:
+    names: dict[str, Any] = {"Candidate": Candidate, "Weights": Weights}
+    exec(code("put it into `POLICIES` there"), names)
+    prompt = Prompt([1, 2, 3], 3.0)
+    cold, warm = (Candidate(Worker(number, None, 16), prompt, number, 0) for number in (1, 2))
+    assert choose([cold, warm], names["most_cached"], Weights()) is warm
+
+
 def test_files_that_it_names_exist() -> None:
     for name in re.findall(r"`((?:common|tests|scripts|models|benchmarks)/[\w./-]*|\w+\.(?:py|sh))`", README):
         assert (REPOSITORY / name).exists() or name == "guard.py", name
@@ -45,7 +56,6 @@ def test_options_that_it_names_exist() -> None:
         subprocess.run([sys.executable, program, "--help"], cwd=REPOSITORY, capture_output=True, text=True).stdout
         for program in ("frontend.py", "processor.py", "router.py", "engine.py", "scripts/launch.py")
     )
-    table = README[README.index("## Options") : README.index("## Dependencies")]
-    options = re.findall(r"`(--[\w-]+)", table)
+    options = re.findall(r"`(--[\w-]+)", README[README.index("## Make it yours") : README.index("## Dependencies")])
     assert len(options) > 12
     assert [option for option in options if option not in helps] == []

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from common.policy import POLICIES, Candidate, Weights, at_random, choose, kv, least_loaded, round_robin
@@ -48,18 +49,25 @@ class TestKv:
         cold, warm = workers(2)
         assert taken([candidate(cold, prompt()), candidate(warm, prompt(), cached=3)]) is warm
 
-    def test_the_cost_is_that_of_dynamo_s_formula(self, leases: ExitStack) -> None:
+    def test_the_cost_is_that_of_dynamo_s_formula_if_blocks_to_read_cost_as_much(self, leases: ExitStack) -> None:
         (worker,) = workers(1)
         leases.enter_context(worker.lease(prompt(4), 1))  # 3 to compute, 4 held
         waiting, held, new = 3, 4, 10
-        assert kv(candidate(worker, prompt(), cached=6), DEFAULT) == (waiting + new - 6) + held + new
-        weights = Weights(overlap_score_credit=0.5, prefill_load_scale=2, decode_active_request_weight=7)
-        assert kv(candidate(worker, prompt(), cached=6), weights) == 2 * (waiting + new - 0.5 * 6) + held + new + 7
+        dynamo = Weights(decode_load_scale=1)
+        assert kv(candidate(worker, prompt(), cached=6), dynamo) == (waiting + new - 6) + held + new
+        dynamo = replace(dynamo, overlap_score_credit=0.5, prefill_load_scale=2, decode_active_request_weight=7)
+        assert kv(candidate(worker, prompt(), cached=6), dynamo) == 2 * (waiting + new - 0.5 * 6) + held + new + 7
+
+    def test_a_block_to_read_costs_less_than_one_to_compute(self, leases: ExitStack) -> None:
+        busy, idle = workers(2)
+        leases.enter_context(busy.lease(prompt(10), 10))
+        assert taken([candidate(busy, prompt(), cached=3), candidate(idle, prompt())]) is busy
+        assert taken([candidate(busy, prompt(), cached=2), candidate(idle, prompt())]) is idle
 
     def test_load_outweighs_a_short_prefix(self, leases: ExitStack) -> None:
         busy, idle = workers(2)
         leases.enter_context(busy.lease(prompt(8), 8))
-        short, long = candidate(busy, prompt(), cached=5), candidate(busy, prompt(), cached=9)
+        short, long = candidate(busy, prompt(), cached=1), candidate(busy, prompt(), cached=3)
         assert taken([short, candidate(idle, prompt())]) is idle
         assert taken([long, candidate(idle, prompt())]) is busy
 

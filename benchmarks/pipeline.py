@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 REPOSITORY = Path(__file__).parent.parent
-UP = "logs:"  # what launch.py says once it is up and has said where
+UP = re.compile(r"(NATS_SERVER)=(\S+) (ETCD_ENDPOINTS)=(\S+)\n")  # in what launch.py says once it is up
 START_SECONDS = 300
 STOP_SECONDS = 60
 CONTEXT_TOKENS = 2**20  # as much as a simulated engine takes
@@ -74,8 +74,7 @@ def running(setting: Setting, policy: str, model: Path, folder: Path) -> Iterato
             preexec_fn=_end_with_parent,
         )
     try:
-        said = _wait_until_up(launch, log)
-        servers = dict(re.findall(r"\b(NATS_SERVER|ETCD_ENDPOINTS)=(\S+)", said))
+        servers = _wait_until_up(launch, log)
         yield Pipeline(f"http://127.0.0.1:{port}", servers, psutil.Process(launch.pid))
     finally:
         _end(launch)
@@ -94,21 +93,21 @@ def simulated_model(source: Path, folder: Path) -> Path:
     return copy
 
 
-def _wait_until_up(launch: subprocess.Popen[bytes], log: Path) -> str:
-    """What the launcher said until the pipeline was up."""
+def _wait_until_up(launch: subprocess.Popen[bytes], log: Path) -> dict[str, str]:
+    """Returns where its NATS and etcd are, as environment variables. Raises SystemExit if it does not start."""
     deadline = time.monotonic() + START_SECONDS
-    while UP not in (text := log.read_text(errors="replace")):
+    while not (up := UP.search(text := log.read_text(errors="replace"))):
         if launch.poll() is not None:
             raise SystemExit(f"the pipeline did not start:\n{text[-3000:]}")
         if time.monotonic() > deadline:
             raise SystemExit(f"the pipeline is not up after {START_SECONDS} s:\n{text[-3000:]}")
         time.sleep(0.1)
-    return text
+    return {up[1]: up[2], up[3]: up[4]}
 
 
 def _end(launch: subprocess.Popen[bytes]) -> None:
     """End the pipeline in order; if that takes too long, all of its processes at once."""
-    children = []
+    children: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):
         children = psutil.Process(launch.pid).children(recursive=True)
     launch.send_signal(signal.SIGINT)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import aiohttp
 import msgspec
 
-ANSWER_SECONDS = 600  # an answer that takes longer has failed
+SILENCE_SECONDS = 120  # an answer that does not go on for so long has failed
 REJECTED = frozenset({429, 503, 529})
 TAIL_BYTES = 4096  # more than the last two events have
 
@@ -40,10 +40,6 @@ class Outcome:
     rejected: bool = False
     error: str = ""  # empty if it was answered
 
-    @property
-    def answered(self) -> bool:
-        return not self.error
-
 
 class _Usage(msgspec.Struct):
     prompt_tokens: int
@@ -60,7 +56,7 @@ class WrongLength(Exception):
 
 def session() -> aiohttp.ClientSession:
     """A client that never waits for one of its own connections."""
-    timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_SECONDS)
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
 
 

@@ -32,8 +32,15 @@ from common.model import ChatModel, locate
 POLICIES = ("round-robin", "random", "least-loaded", "kv", "dynamo")
 TRACE = Path(__file__).parent / "traces" / "conversation.jsonl.gz"
 WARM_UPS = 3  # for each engine, so that also a blind policy has shown the prompt to most of them
-FULL = {"engines": 8, "requests": 1200, "scale": 0.25, "speedup": [4.0], "policies": POLICIES}
-SHORT = {"engines": 4, "requests": 500, "scale": 0.125, "speedup": [8.0], "policies": ("round-robin", "kv")}
+FULL = {
+    "engines": 8,
+    "requests": 900,
+    "speedup": [11.0],
+    "scale": 1.0,
+    "answer_scale": 0.1,
+    "policies": POLICIES,
+}
+SHORT = FULL | {"engines": 6, "requests": 400, "speedup": [20.0], "scale": 0.5, "policies": ("round-robin", "kv")}
 
 
 @dataclass(slots=True, frozen=True)
@@ -138,7 +145,7 @@ def run_all(args: argparse.Namespace, benchmark: Benchmark) -> list[Run]:
     runs: list[Run] = []
     count = len(args.speedup) * len(args.policies)
     for speedup in args.speedup:
-        trace = read(args.trace, limit=args.requests, speedup=speedup, scale=args.scale)
+        trace = read(args.trace, limit=args.requests, speedup=speedup, scale=args.scale, answer_scale=args.answer_scale)
         workload = benchmark.workload(trace)
         for policy in args.policies:
             with Progress(f"{policy} at speedup {speedup:g} ({len(runs) + 1} of {count})", len(trace)) as progress:
@@ -162,7 +169,7 @@ def describe(args: argparse.Namespace, runs: Sequence[Run]) -> str:
 
 
 def _conditions(args: argparse.Namespace) -> str:
-    trace = read(args.trace, limit=args.requests, scale=args.scale)
+    trace = read(args.trace, limit=args.requests, scale=args.scale, answer_scale=args.answer_scale)
     return (
         f"{len(trace)} requests of `{args.trace.name}`, lengths times {args.scale:g}: a mean of "
         f"{statistics.mean(request.input_tokens for request in trace):,.0f} tokens in and "
@@ -223,10 +230,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--policies", type=policies, help="with commas between them")
     parser.add_argument("--speedup", type=factor, nargs="+", help="of arrivals; several for a sweep of loads")
     parser.add_argument("--scale", type=factor, help="of the lengths of prompts and answers")
+    parser.add_argument("--answer-scale", type=factor, help="of the lengths of answers, on top of --scale")
     parser.add_argument("--engines", type=count)
-    parser.add_argument("--block-size", type=count, default=16, help="tokens in a KV block")
-    parser.add_argument("--blocks", type=count, default=16384, help="KV blocks of an engine")
-    parser.add_argument("--engine-speedup", type=factor, default=1.0, help="of engines over the simulated GPU")
+    parser.add_argument("--block-size", type=count, default=64, help="tokens in a KV block")
+    parser.add_argument("--blocks", type=count, default=8192, help="KV blocks of an engine")
+    parser.add_argument("--engine-speedup", type=factor, default=0.5, help="of engines over the simulated GPU")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "build" / "benchmarks", help="folder")
     early, _ = parser.parse_known_args()
     parser.set_defaults(**(SHORT if early.short else FULL))

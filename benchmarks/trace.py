@@ -41,8 +41,11 @@ class TraceRequest:
         return sum(tokens for _, tokens in self.pieces)
 
 
-def read(file: Path, *, limit: int | None = None, speedup: float = 1.0, scale: float = 1.0) -> list[TraceRequest]:
-    """The first `limit` requests of a trace, `speedup` times faster and with lengths times `scale`.
+def read(
+    file: Path, *, limit: int | None = None, speedup: float = 1.0, scale: float = 1.0, answer_scale: float = 1.0
+) -> list[TraceRequest]:
+    """The first `limit` requests of a trace, `speedup` times faster, with lengths times `scale`, and those of answers
+    times `answer_scale` besides.
 
     Reads plain files and those that end in .gz. Raises SystemExit, with file and line, if it is no such trace.
     """
@@ -50,7 +53,14 @@ def read(file: Path, *, limit: int | None = None, speedup: float = 1.0, scale: f
     if not lines:
         raise SystemExit(f"{file}: no requests in it")
     start = lines[0].timestamp
-    return [_request(line, (line.timestamp - start) / 1000 / speedup, scale) for line in lines]
+    return [
+        TraceRequest(
+            arrival=(line.timestamp - start) / 1000 / speedup,
+            pieces=_pieces(line, scale),
+            output_tokens=max(round(line.output_length * scale * answer_scale), 1),
+        )
+        for line in lines
+    ]
 
 
 def shareable(requests: list[TraceRequest]) -> float:
@@ -79,11 +89,10 @@ def _lines(file: Path) -> Iterator[_Line]:
         raise SystemExit(f"cannot read the trace {file}: {error}") from error
 
 
-def _request(line: _Line, arrival: float, scale: float) -> TraceRequest:
-    """Pieces end where they end in every prompt, so that equal ones stay equal whatever the scale."""
+def _pieces(line: _Line, scale: float) -> tuple[tuple[int, int], ...]:
+    """Each ends where it ends in every prompt, so that equal ones stay equal whatever the scale."""
     length = max(round(line.input_length * scale), 1)
     ends = [min(round(number * PIECE_TOKENS * scale), length) for number in range(1, len(line.hash_ids) + 1)]
     ends[-1] = length
     tokens = (end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True))
-    pieces = tuple((hash_id, count) for hash_id, count in zip(line.hash_ids, tokens, strict=True) if count)
-    return TraceRequest(arrival, pieces, max(round(line.output_length * scale), 1))
+    return tuple((hash_id, count) for hash_id, count in zip(line.hash_ids, tokens, strict=True) if count)

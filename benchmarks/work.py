@@ -56,7 +56,7 @@ class Observer:
         try:
             yield cls(process.stdin, process.stdout)
         finally:
-            process.stdin.close()
+            process.kill()
             await process.wait()
 
     async def work(self) -> dict[str, Work]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from benchmarks.measure import Run
 
 BASELINES = ("dynamo", "round-robin")
-SAME = 0.9  # of round-robin's mean TTFT; above it, routing makes no difference to speak of
+SAME = 0.8  # of round-robin's mean TTFT: with nobody waiting, only the prefill that a cache saves is left
 TRUSTED_CPU = 0.85  # of the cores; with more in use, the machine and not the engines may be what requests wait for
 TRUSTED_LAG = 0.05  # seconds
 TRUSTED_IDLE = 0.5  # of the median TTFT
@@ -111,7 +111,7 @@ def vanishing_load(runs: Sequence[Run], policy: str = "kv") -> str:
     if not same:
         return f"`{policy}` is faster than `round-robin` at every load that was tried."
     loads = ", ".join(f"{speedup:g}" for speedup in same)
-    return f"The difference between `{policy}` and `round-robin` vanishes (mean TTFT within 10 %) at speedup {loads}."
+    return f"The difference between `{policy}` and `round-robin` vanishes (mean TTFT within 20 %) at speedup {loads}."
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:

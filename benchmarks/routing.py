@@ -34,13 +34,13 @@ TRACE = Path(__file__).parent / "traces" / "conversation.jsonl.gz"
 WARM_UPS = 3  # for each engine, so that also a blind policy has shown the prompt to most of them
 FULL = {
     "engines": 8,
-    "requests": 900,
-    "speedup": [11.0],
+    "requests": 850,
+    "speedup": [6.5],
     "scale": 1.0,
     "answer_scale": 0.1,
     "policies": POLICIES,
 }
-SHORT = FULL | {"engines": 6, "requests": 400, "speedup": [20.0], "scale": 0.5, "policies": ("round-robin", "kv")}
+SHORT = FULL | {"engines": 6, "requests": 400, "speedup": [10.0], "scale": 0.5, "policies": ("round-robin", "kv")}
 
 
 @dataclass(slots=True, frozen=True)
@@ -233,8 +233,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--answer-scale", type=factor, help="of the lengths of answers, on top of --scale")
     parser.add_argument("--engines", type=count)
     parser.add_argument("--block-size", type=count, default=64, help="tokens in a KV block")
-    parser.add_argument("--blocks", type=count, default=8192, help="KV blocks of an engine")
-    parser.add_argument("--engine-speedup", type=factor, default=0.5, help="of engines over the simulated GPU")
+    parser.add_argument("--blocks", type=count, default=12288, help="KV blocks of an engine")
+    parser.add_argument("--engine-speedup", type=factor, default=0.4, help="of engines over the simulated GPU")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "build" / "benchmarks", help="folder")
     early, _ = parser.parse_known_args()
     parser.set_defaults(**(SHORT if early.short else FULL))

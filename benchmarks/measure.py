@@ -1,0 +1,128 @@
+"""From what became of the requests to the figures of a run."""
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.pipeline import Pipeline
+from benchmarks.replay import Outcome
+from benchmarks.work import Work
+
+import psutil
+
+
+@dataclass(slots=True, frozen=True)
+class Run:
+    """One policy at one speed. Times are in seconds."""
+
+    policy: str
+    speedup: float  # of arrivals
+    rate: float  # requests a second
+    requests: int
+    rejected: int
+    failed: int
+    ttft_mean: float
+    ttft_p50: float
+    ttft_p99: float
+    total_mean: float
+    total_p99: float
+    cached_share: float  # of all prompt tokens, those that the engines did not compute
+    spread_requests: float  # requests of the worker with the most of them, over the mean
+    spread_computed: float  # the same for prompt tokens that were not cached
+    engines_busy: float  # share of the time that engines were in a forward pass
+    lost_passes: int  # forward passes that the two figures above do not know of
+    idle_ttft: float  # of a cached prompt of median length, before the trace began: what the pipeline itself takes
+    lag_p99: float  # how late the client sent
+    seconds: float  # from the first request to the end of the last answer
+    cpu: "CpuShares"
+    errors: list[str]  # different ones, at most three
+    ttfts: list[float]
+
+
+@dataclass(slots=True, frozen=True)
+class CpuShares:
+    """Who used the machine, as shares of all its cores."""
+
+    pipeline: float
+    client: float
+    others: float  # whatever else ran
+
+
+class CpuMeter:
+    """Measures CPU shares from here on."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._start = self._now()
+
+    def shares(self) -> CpuShares:
+        wall, pipeline, client, busy = (now - start for now, start in zip(self._now(), self._start, strict=True))
+        cores = wall * (os.cpu_count() or 1)
+        return CpuShares(pipeline / cores, client / cores, max(busy - pipeline - client, 0.0) / cores)
+
+    def _now(self) -> tuple[float, float, float, float]:
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0) + getattr(times, "guest", 0.0)
+        return time.perf_counter(), self._pipeline.cpu_seconds(), time.process_time(), sum(times) - idle
+
+
+def summarize(
+    policy: str,
+    speedup: float,
+    outcomes: Sequence[Outcome],
+    work: Mapping[str, Work],
+    *,
+    engines: int,
+    idle_ttft: float,
+    rate: float,
+    seconds: float,
+    cpu: CpuShares,
+) -> Run:
+    """The figures of a run. Latencies are those of the requests that were answered."""
+    answered = [outcome for outcome in outcomes if not outcome.error]
+    rejected = sum(outcome.rejected for outcome in outcomes)
+    ttfts = sorted(outcome.ttft for outcome in answered)
+    totals = sorted(outcome.total for outcome in answered)
+    computed = [engine.computed_tokens for engine in work.values()]
+    prompt_tokens = sum(outcome.prompt_tokens for outcome in answered)
+    return Run(
+        policy=policy,
+        speedup=speedup,
+        rate=rate,
+        requests=len(outcomes),
+        rejected=rejected,
+        failed=len(outcomes) - len(answered) - rejected,
+        ttft_mean=mean(ttfts),
+        ttft_p50=percentile(ttfts, 50),
+        ttft_p99=percentile(ttfts, 99),
+        total_mean=mean(totals),
+        total_p99=percentile(totals, 99),
+        cached_share=1 - sum(computed) / max(prompt_tokens, 1),
+        spread_requests=spread(Counter(outcome.worker for outcome in answered).values(), engines),
+        spread_computed=spread(computed, engines),
+        engines_busy=sum(engine.busy_seconds for engine in work.values()) / engines / seconds,
+        lost_passes=sum(engine.lost_passes for engine in work.values()),
+        idle_ttft=idle_ttft,
+        lag_p99=percentile(sorted(outcome.lag for outcome in outcomes), 99),
+        seconds=seconds,
+        cpu=cpu,
+        errors=sorted({outcome.error for outcome in outcomes if outcome.error})[:3],
+        ttfts=[round(ttft, 4) for ttft in ttfts],
+    )
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """The smallest value that is not exceeded by `percent` of all."""
+    return ordered[max(math.ceil(len(ordered) * percent / 100), 1) - 1] if ordered else math.nan
+
+
+def spread(loads: Collection[int], workers: int) -> float:
+    """The largest load over the mean one: 1 is even, `workers` is all on one."""
+    return max(loads, default=0) * workers / max(sum(loads), 1)

@@ -1,0 +1,133 @@
+"""The pipeline under test: started as a user starts it, watched, and ended."""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+REPOSITORY = Path(__file__).parent.parent
+UP = re.compile(r"(NATS_SERVER)=(\S+) (ETCD_ENDPOINTS)=(\S+)\n")  # in what launch.py says once it is up
+START_SECONDS = 300
+STOP_SECONDS = 60
+CONTEXT_TOKENS = 2**20  # as much as a simulated engine takes
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(slots=True, frozen=True)
+class Setting:
+    """What a pipeline is made of. All policies get the same."""
+
+    engines: int
+    block_size: int  # tokens
+    blocks: int  # of KV cache, for each engine
+    engine_speedup: float  # times faster than the GPU that is simulated
+
+
+@dataclass(slots=True)
+class Pipeline:
+    """A pipeline that runs."""
+
+    address: str
+    servers: dict[str, str]  # environment of programs that join it
+    process: psutil.Process
+
+    def cpu_seconds(self) -> float:
+        """CPU time that all its processes have used so far."""
+        total = 0.0
+        for process in [self.process, *self.process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+
+@contextmanager
+def running(setting: Setting, policy: str, model: Path, folder: Path) -> Iterator[Pipeline]:
+    """Start a pipeline with empty caches, and end it after the block. Its output goes to a file in `folder`."""
+    port = _free_port()
+    log = folder / f"{policy}.log"
+    command = [sys.executable, "scripts/launch.py", "--backend", "mocker", "--policy", policy, "--port", str(port)]
+    command += ["--model", str(model), "--engines", str(setting.engines), "--block-size", str(setting.block_size)]
+    command += ["--mocker-blocks", str(setting.blocks), "--mocker-speedup", str(setting.engine_speedup)]
+    # Servers that the user runs may have other engines in them.
+    environment = {name: value for name, value in os.environ.items() if name not in ("NATS_SERVER", "ETCD_ENDPOINTS")}
+    with log.open("wb") as output:
+        launch = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C reaches the benchmark alone, which then ends the pipeline
+            preexec_fn=_end_with_parent,
+        )
+    try:
+        servers = _wait_until_up(launch, log)
+        yield Pipeline(f"http://127.0.0.1:{port}", servers, psutil.Process(launch.pid))
+    finally:
+        _end(launch)
+
+
+def simulated_model(source: Path, folder: Path) -> Path:
+    """A copy of a model whose context is as long as the simulation allows. There are no weights to be too small."""
+    copy = folder / source.name
+    copy.mkdir()
+    for file in source.iterdir():
+        if file.name != "config.json":
+            (copy / file.name).symlink_to(file.resolve())
+    config = json.loads((source / "config.json").read_text())
+    config.get("text_config", config)["max_position_embeddings"] = CONTEXT_TOKENS
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def _wait_until_up(launch: subprocess.Popen[bytes], log: Path) -> dict[str, str]:
+    """Returns where its NATS and etcd are, as environment variables. Raises SystemExit if it does not start."""
+    deadline = time.monotonic() + START_SECONDS
+    while not (up := UP.search(text := log.read_text(errors="replace"))):
+        if launch.poll() is not None:
+            raise SystemExit(f"the pipeline did not start:\n{text[-3000:]}")
+        if time.monotonic() > deadline:
+            raise SystemExit(f"the pipeline is not up after {START_SECONDS} s:\n{text[-3000:]}")
+        time.sleep(0.1)
+    return {up[1]: up[2], up[3]: up[4]}
+
+
+def _end(launch: subprocess.Popen[bytes]) -> None:
+    """End the pipeline in order; if that takes too long, all of its processes at once."""
+    children: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        children = psutil.Process(launch.pid).children(recursive=True)
+    launch.send_signal(signal.SIGINT)
+    try:
+        launch.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        launch.kill()
+        launch.wait()
+    for process in children:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _end_with_parent() -> None:
+    """For the child: the kernel ends it as Ctrl-C would when the benchmark is gone, however that went."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -6,11 +6,13 @@ answer only the first event and the last two are looked at.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import aiohttp
 import msgspec
+from tqdm import tqdm
 
 SILENCE_SECONDS = 120  # an answer that does not go on for so long has failed
 REJECTED = frozenset({429, 503, 529})
@@ -60,17 +62,15 @@ def session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
 
 
-async def replay(address: str, plan: Sequence[Planned], progress: Callable[[int, int], None]) -> list[Outcome]:
-    """Send every request when it is due. `progress` is told how many were sent and how many are done.
-
-    Raises WrongLength.
-    """
+async def replay(address: str, plan: Sequence[Planned], progress: "tqdm[NoReturn]") -> list[Outcome]:
+    """Send every request when it is due. Raises WrongLength."""
     outcomes: list[Outcome] = []
     sent = 0
 
     async def follow(planned: Planned, due: float) -> None:
         outcomes.append(await ask(client, address, planned, due))
-        progress(sent, len(outcomes))
+        progress.update()
+        progress.set_postfix_str(f"{sent - len(outcomes)} in progress", refresh=False)
 
     try:
         async with session() as client, asyncio.TaskGroup() as tasks:

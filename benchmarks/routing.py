@@ -17,17 +17,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from benchmarks import report
 from benchmarks.measure import CpuMeter, Run, summarize
 from benchmarks.picture import draw
 from benchmarks.pipeline import REPOSITORY, Pipeline, Setting, running, simulated_model
-from benchmarks.progress import Progress
 from benchmarks.prompts import Prompts
 from benchmarks.replay import Planned, WrongLength, ask, replay, session
 from benchmarks.trace import TraceRequest, read, shareable
 from benchmarks.work import Observer, Work
 from common.model import ChatModel, locate
+
+from tqdm import tqdm
 
 POLICIES = ("round-robin", "random", "least-loaded", "kv", "dynamo")
 TRACE = Path(__file__).parent / "traces" / "conversation.jsonl.gz"
@@ -79,22 +81,22 @@ class Benchmark:
             raise SystemExit(f"a request has {longest} tokens and an engine room for {capacity}: --blocks, --scale")
         return Workload.make(self._prompts, trace)
 
-    def run(self, policy: str, speedup: float, workload: Workload, progress: Progress) -> Run:
-        progress.say("starting")
+    def run(self, policy: str, speedup: float, workload: Workload, progress: "tqdm[NoReturn]") -> Run:
+        progress.set_postfix_str("starting")
         with running(self._setting, policy, self._model, self._folder) as pipeline:
             run = asyncio.run(self._measure(pipeline, policy, speedup, workload, progress))
-            progress.say("ending")
+            progress.set_postfix_str("ending")
             return run
 
     async def _measure(
-        self, pipeline: Pipeline, policy: str, speedup: float, workload: Workload, progress: Progress
+        self, pipeline: Pipeline, policy: str, speedup: float, workload: Workload, progress: "tqdm[NoReturn]"
     ) -> Run:
         async with Observer.running(pipeline.servers) as observer:
             idle_ttft = await self._idle_ttft(pipeline, workload.warm_up)
             cpu = CpuMeter(pipeline)
             before = await observer.work()
             began = time.perf_counter()
-            outcomes = await replay(pipeline.address, workload.plan, progress.update)
+            outcomes = await replay(pipeline.address, workload.plan, progress)
             seconds = time.perf_counter() - began
             shares = cpu.shares()
             work = await observer.work()
@@ -148,7 +150,8 @@ def run_all(args: argparse.Namespace, benchmark: Benchmark) -> list[Run]:
         trace = read(args.trace, limit=args.requests, speedup=speedup, scale=args.scale, answer_scale=args.answer_scale)
         workload = benchmark.workload(trace)
         for policy in args.policies:
-            with Progress(f"{policy} at speedup {speedup:g} ({len(runs) + 1} of {count})", len(trace)) as progress:
+            title = f"{policy} at speedup {speedup:g} ({len(runs) + 1} of {count})"
+            with tqdm(total=len(trace), desc=title, unit="request", disable=None) as progress:
                 runs.append(benchmark.run(policy, speedup, workload, progress))
     return runs
 

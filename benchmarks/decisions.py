@@ -1,0 +1,342 @@
+"""Compares what routing decisions cost: our router in Python against Dynamo's KvRouter in Rust.
+
+For trees of several sizes and fleets of several workers: one decision for a prompt of 3,200 tokens, with the lease that
+follows; KV events applied; memory. Then the same inside the real router.py, asked over NATS. Each measurement has a
+process of its own, and both routers are measured in one run. Prints Markdown tables.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pipeline import REPOSITORY, Pipeline, Setting, running
+from common.fleet import Fleet
+from common.messages import FindWorkerRequest, RoutingDecision, StoredBlocks
+from common.model import locate, served_name
+from common.policy import Weights, choose, kv
+from common.prefix_index import path
+from common.remote import Remote
+from common.worker import Prompt, Worker
+
+import psutil
+import uvloop
+from dynamo.llm import (
+    KvEventPublisher,
+    KvRouter,
+    KvRouterConfig,
+    ModelInput,
+    ModelRuntimeConfig,
+    ModelType,
+    WorkerType,
+    compute_block_hash_for_seq,
+    register_model,
+)
+from dynamo.runtime import Context, DistributedRuntime, Endpoint, dynamo_worker
+from tqdm import tqdm
+
+BLOCK_SIZE = 16
+PROMPT_BLOCKS = 200  # 3,200 tokens
+SAMPLES = 200  # different prompts that decisions are asked for; each is cached on one worker
+DECISIONS = 2000
+BUSY = 4  # requests in progress on each worker meanwhile
+SMALL_EVENTS = 10_000  # events of one block, as decoding makes them
+MEASURE_SECONDS = 180  # that one measurement may take
+TREES = (1_000, 100_000, 1_000_000)  # blocks
+FLEETS = (2, 8, 64)  # workers
+
+
+@dataclass(slots=True, frozen=True)
+class Cost:
+    """What a router needs."""
+
+    p50: float  # microseconds of a decision with its lease
+    p99: float
+    blocks_per_second: float  # in events of PROMPT_BLOCKS blocks
+    events_per_second: float  # of one block
+    memory: float  # bytes for a block
+
+
+def prompts(blocks: int, workers: int) -> Iterator[tuple[int, list[int], list[int]]]:
+    """What fills a tree: worker, token ids and block names of prompts that have nothing in common."""
+    chance = random.Random(1)
+    for number in range(max(blocks // PROMPT_BLOCKS, workers)):
+        tokens = [chance.randrange(30_000) for _ in range(PROMPT_BLOCKS * BLOCK_SIZE)]
+        first = 1 + number * PROMPT_BLOCKS
+        yield number % workers, tokens, list(range(first, first + PROMPT_BLOCKS))
+
+
+def samples(blocks: int, workers: int) -> list[list[int]]:
+    """The prompts that decisions are asked for."""
+    return [tokens for (_, tokens, _), _ in zip(prompts(blocks, workers), range(SAMPLES), strict=False)]
+
+
+def measure_ours(blocks: int, workers: int) -> Cost:
+    memory, fleet, weights = resident(), Fleet(), Weights()
+    filled = seconds(lambda: fill(fleet, blocks, workers))
+    memory = resident() - memory
+    asked = [compute_block_hash_for_seq(tokens, BLOCK_SIZE) for tokens in samples(blocks, workers)]
+
+    def decide(hashes: Sequence[int]) -> None:
+        prompt = Prompt(path(hashes), len(hashes))
+        best = choose(fleet.candidates(prompt, hashes, ()), kv, weights)
+        with best.worker.lease(prompt, best.cached, best.expected):
+            pass
+
+    with ExitStack() as busy:
+        for number in range(workers):
+            fleet.add(Worker(number, None, BLOCK_SIZE))
+            for _ in range(BUSY):
+                other = Prompt(path([random.getrandbits(60) for _ in range(PROMPT_BLOCKS)]), PROMPT_BLOCKS)
+                busy.enter_context(fleet.workers[number].lease(other, 0))
+        times = [seconds(partial(decide, asked[number % len(asked)])) for number in range(DECISIONS)]
+    total = max(blocks, workers * PROMPT_BLOCKS)
+
+    def small_events() -> None:
+        for number in range(SMALL_EVENTS):
+            tokens = [number % 30_000] * BLOCK_SIZE
+            hashes = compute_block_hash_for_seq(tokens, BLOCK_SIZE)
+            fleet.index.apply(0, StoredBlocks(parent=None, names=[10**9 + number], hashes=hashes))
+
+    return cost(times, total / filled, SMALL_EVENTS / seconds(small_events), memory / total)
+
+
+def fill(fleet: Fleet, blocks: int, workers: int) -> None:
+    for worker, tokens, names in prompts(blocks, workers):
+        hashes = compute_block_hash_for_seq(tokens, BLOCK_SIZE)
+        fleet.index.apply(worker, StoredBlocks(parent=None, names=names, hashes=hashes))
+
+
+async def measure_dynamo(runtime: DistributedRuntime, blocks: int, workers: int) -> Cost:
+    """KvRouter, with the ranks of one worker as its workers: it chooses among ranks as it does among workers."""
+    endpoint = runtime.endpoint(f"benchmark.w{uuid.uuid4().hex[:8]}.generate")
+    # Made before anything is served: their constructors hold Python's lock while they wait for the runtime.
+    publishers = [KvEventPublisher(endpoint, kv_block_size=BLOCK_SIZE, dp_rank=rank) for rank in range(workers)]
+    router = KvRouter(endpoint, BLOCK_SIZE, KvRouterConfig())
+    serving = await register_ranks(endpoint, workers)
+    await until_it_listens(router, publishers)
+    memory = resident()
+    began = time.perf_counter()
+    for worker, tokens, names in prompts(blocks, workers):
+        publishers[worker].publish_stored(tokens, [BLOCK_SIZE] * len(names), names)
+        await asyncio.sleep(0)
+    await until_cached(router, tokens)
+    filled = time.perf_counter() - began
+    memory = resident() - memory
+    for number in range(workers * BUSY):
+        await router.best_worker([number] * PROMPT_BLOCKS * BLOCK_SIZE, request_id=f"busy-{number}")
+    asked = samples(blocks, workers)
+    times = []
+    for number in range(DECISIONS):
+        began = time.perf_counter()
+        await router.best_worker(asked[number % len(asked)], request_id=f"decision-{number}")
+        await router.free(f"decision-{number}")
+        times.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    for number in range(SMALL_EVENTS):
+        publishers[0].publish_stored([number % 30_000] * BLOCK_SIZE, [BLOCK_SIZE], [10**9 + number])
+        if number % 100 == 0:
+            await asyncio.sleep(0)
+    await until_cached(router, [(SMALL_EVENTS - 1) % 30_000] * BLOCK_SIZE)
+    small = time.perf_counter() - began
+    serving.cancel()
+    total = max(blocks, workers * PROMPT_BLOCKS)
+    return cost(times, total / filled, SMALL_EVENTS / small, memory / total)
+
+
+async def register_ranks(endpoint: Endpoint, workers: int) -> asyncio.Future[Any]:
+    """Let routers know of one worker with that many ranks."""
+
+    async def nothing(request: object, context: Context) -> AsyncIterator[object]:
+        yield {}
+
+    serving = asyncio.ensure_future(endpoint.serve_endpoint(nothing))
+    config = ModelRuntimeConfig()
+    config.data_parallel_size = workers
+    config.total_kv_blocks = max(TREES)
+    config.max_num_seqs = 1000
+    await register_model(
+        ModelInput.Tokens,
+        ModelType.Chat,
+        endpoint,
+        locate(None),
+        model_name="benchmark",
+        kv_cache_block_size=BLOCK_SIZE,
+        runtime_config=config,
+        worker_type=WorkerType.Aggregated,
+    )
+    return serving
+
+
+async def cached(router: KvRouter, tokens: list[int]) -> bool:
+    """Whether a prompt is in the tree, whole."""
+    try:
+        _, _, blocks = await router.best_worker(tokens)
+    except Exception as error:  # the router has not heard of the worker yet
+        if "no endpoints" not in str(error).lower():
+            raise
+        return False
+    return blocks == len(tokens) // BLOCK_SIZE
+
+
+async def until_cached(router: KvRouter, tokens: list[int]) -> None:
+    while not await cached(router, tokens):
+        await asyncio.sleep(0.002)
+
+
+async def until_it_listens(router: KvRouter, publishers: Sequence[KvEventPublisher]) -> None:
+    """Return once the events of every rank reach the router."""
+    for rank, publisher in enumerate(publishers):
+        tokens = [40_000 + rank] * BLOCK_SIZE
+        while not await cached(router, tokens):
+            publisher.publish_stored(tokens, [BLOCK_SIZE], [2 * 10**9 + rank])
+            await asyncio.sleep(0.1)
+
+
+def cost(times: Sequence[float], blocks_per_second: float, events_per_second: float, memory: float) -> Cost:
+    micros = sorted(1e6 * one for one in times)
+    return Cost(
+        p50=statistics.median(micros),
+        p99=micros[len(micros) * 99 // 100],
+        blocks_per_second=blocks_per_second,
+        events_per_second=events_per_second,
+        memory=memory,
+    )
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    size: int = psutil.Process().memory_info().rss
+    return size
+
+
+async def measure_asked(runtime: DistributedRuntime, policy: str, pid: int) -> float:
+    """Microseconds of CPU time that the program router.py spends on a decision, everything included."""
+    located = locate(None)
+    router = await Remote.connect(runtime, "inference.router.find_worker", RoutingDecision)
+    requests = [
+        FindWorkerRequest(
+            block_hashes=compute_block_hash_for_seq(tokens, BLOCK_SIZE),
+            tokens=len(tokens),
+            block_size=BLOCK_SIZE,
+            model=served_name(located),
+            token_ids=tokens if policy == "dynamo" else None,
+        )
+        for tokens in samples(SAMPLES * PROMPT_BLOCKS, 1)
+    ]
+    await router.wait()
+    process = psutil.Process(pid)
+    before = process.cpu_times()
+    for start in range(0, DECISIONS, BUSY):
+        await asyncio.gather(
+            *(router.call(request) for request in itertools.islice(itertools.cycle(requests), start, start + BUSY))
+        )
+    after = process.cpu_times()
+    return 1e6 * (after.user + after.system - before.user - before.system) / DECISIONS
+
+
+@dynamo_worker()
+async def measure(runtime: DistributedRuntime, what: str, first: str, second: str) -> None:
+    """In a process of its own: print one measurement."""
+    match what:
+        case "ours":
+            print(json.dumps(asdict(measure_ours(int(first), int(second)))))
+        case "dynamo":
+            print(json.dumps(asdict(await measure_dynamo(runtime, int(first), int(second)))))
+        case "asked":
+            print(json.dumps(await measure_asked(runtime, first, int(second))))
+    sys.stdout.flush()
+    os._exit(0)  # KvRouter's threads have nothing to finish
+
+
+def measured(pipeline: Pipeline, *what: object) -> Any:
+    """Run a measurement in a process that finds the pipeline's servers."""
+    command = [sys.executable, "-m", "benchmarks.decisions", "--measure", *map(str, what)]
+    child = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, **pipeline.servers},
+        capture_output=True,
+        text=True,
+        timeout=MEASURE_SECONDS,
+    )
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command[1:])} failed:\n{child.stderr[-3000:]}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def tables(
+    sizes: Sequence[tuple[int, int]], ours: Sequence[Cost], dynamo: Sequence[Cost], asked: dict[str, float]
+) -> str:
+    rows = [
+        "| blocks | workers | p50 µs: ours | KvRouter | ratio | p99 µs: ours | KvRouter | ratio |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for (blocks, workers), mine, theirs in zip(sizes, ours, dynamo, strict=True):
+        rows.append(
+            f"| {blocks:,} | {workers} | {mine.p50:.0f} | {theirs.p50:.0f} | {mine.p50 / theirs.p50:.2f} "
+            f"| {mine.p99:.0f} | {theirs.p99:.0f} | {mine.p99 / theirs.p99:.2f} |"
+        )
+    mine, theirs = ours[-1], dynamo[-1]
+    rows += [
+        "",
+        f"| with {sizes[-1][0]:,} blocks on {sizes[-1][1]} workers | ours | KvRouter | ratio |",
+        "|---|---:|---:|---:|",
+        row("decisions a second, one after the other", 1e6 / mine.p50, 1e6 / theirs.p50),
+        row(f"blocks stored a second, in events of {PROMPT_BLOCKS}", mine.blocks_per_second, theirs.blocks_per_second),
+        row("events of one block applied a second", mine.events_per_second, theirs.events_per_second),
+        row("MB for a million blocks", mine.memory, theirs.memory),
+        row("CPU time of router.py for a decision asked over NATS, µs", asked["kv"], asked["dynamo"]),
+    ]
+    return "\n".join(rows)
+
+
+def row(what: str, ours: float, theirs: float) -> str:
+    return f"| {what} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decisions", description=__doc__)
+    parser.add_argument("--trees", type=int, nargs="+", default=TREES, help="blocks in the tree")
+    parser.add_argument("--fleets", type=int, nargs="+", default=FLEETS, help="workers")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        uvloop.run(measure(*args.measure))
+    sizes = [(blocks, workers) for blocks in args.trees for workers in args.fleets]
+    ours, dynamo, asked = list[Cost](), list[Cost](), dict[str, float]()
+    setting, model = Setting(engines=4, block_size=BLOCK_SIZE, blocks=4096, engine_speedup=1.0), Path(locate(None))
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        for policy in ("kv", "dynamo"):
+            with running(setting, policy, model, Path(folder)) as pipeline:
+                children = pipeline.process.children(recursive=True)
+                pid = next(child.pid for child in children if any(arg.endswith("router.py") for arg in child.cmdline()))
+                asked[policy] = measured(pipeline, "asked", policy, pid)
+                for size in tqdm(sizes if policy == "kv" else [], unit="size"):
+                    ours.append(Cost(**measured(pipeline, "ours", *size)))
+                    dynamo.append(Cost(**measured(pipeline, "dynamo", *size)))
+    print(tables(sizes, ours, dynamo, asked))
+
+
+if __name__ == "__main__":
+    main()

@@ -282,7 +282,10 @@ def test_live(pipeline: Pipeline) -> None:
 def test_the_dynamo_endpoint_of_the_frontend_streams_the_same(pipeline: Pipeline) -> None:
     question = {"model": pipeline.model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16}
     caller = pipeline.run(
-        "caller", sys.executable, "-m", "tests.system.call_endpoint", json.dumps({**question, "temperature": 0})
+        "caller",
+        sys.executable,
+        *("-m", "tests.system.call_endpoint", "inference.frontend.chat_completions"),
+        json.dumps({**question, "temperature": 0}),
     )
     assert caller.exit_code() == 0, caller.text
     chunks = [json.loads(line) for line in caller.text.splitlines() if line.startswith("{")]

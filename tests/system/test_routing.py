@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.messages import GenerateRequest, SamplingOptions, StopConditions
 from common.model import DEFAULT_MODEL
 from common.policy import POLICIES
 from tests.system.conftest import Cluster, Pipeline, Process, until
 
 import httpx
+import msgspec
 import pytest
 
 
@@ -124,6 +126,27 @@ def test_two_routers_do_not_herd(mockers: Pipeline) -> None:
     shares = [sum(worker["routed_requests"] for worker in router["workers"]) for router in routers]
     assert min(shares) > 80  # both had a part in it
     assert max(counts.values()) < 1.35 * 240 / 3
+
+
+def test_work_that_somebody_else_gave_a_worker_is_seen(mockers: Pipeline) -> None:
+    request = GenerateRequest(
+        token_ids=list(range(300, 1500)),
+        model=mockers.model,
+        stop_conditions=StopConditions(max_tokens=2000, ignore_eos=True),
+        sampling_options=SamplingOptions(),
+    )
+    program = ("-m", "tests.system.call_endpoint", "inference.engine.generate", msgspec.json.encode(request).decode())
+    caller = mockers.run("caller", sys.executable, *program)
+
+    def busy() -> list[dict[str, Any]]:
+        return [worker for worker in router_workers(mockers) if worker["decode_blocks"] > 1200 / 16]
+
+    (worker,) = until(busy, "the load of the worker")
+    assert worker["requests"] == 0
+    before = worker["decode_blocks"]
+    until(lambda: busy()[0]["decode_blocks"] > before + 5, "growth of its sequence")
+    caller.close()
+    until(lambda: not busy(), "the end of the load")
 
 
 def test_workers_that_do_not_fit_are_refused_and_shown(mockers: Pipeline, tmp_path: Path) -> None:

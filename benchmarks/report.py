@@ -86,17 +86,18 @@ def machine_table(runs: Sequence[Run]) -> str:
 
 
 def load_table(runs: Sequence[Run]) -> str:
-    """Mean TTFT at each load, and the ratio of each policy to round-robin."""
+    """Mean TTFT at each load, and its ratio to round-robin's."""
     speedups = sorted({run.speedup for run in runs})
     policies = list(dict.fromkeys(run.policy for run in runs))
     found = {(run.speedup, run.policy): run for run in runs}
-    header = ["speedup", "requests/s", *(f"`{policy}` (s)" for policy in policies)]
+    header = ["speedup", "requests/s", "engines busy", *(f"`{policy}` (s)" for policy in policies)]
     header += [f"`{policy}` / `round-robin`" for policy in policies if policy != "round-robin"]
 
     def row(speedup: float) -> Iterable[str]:
         means = {policy: found[speedup, policy].ttft_mean for policy in policies}
         yield f"{speedup:g}"
-        yield f"{found[speedup, policies[0]].rate:.1f}"
+        yield f"{found[speedup, 'round-robin'].rate:.1f}"
+        yield f"{found[speedup, 'round-robin'].engines_busy:.0%}"
         yield from (f"{mean:.2f}" for mean in means.values())
         yield from (ratio(mean, means["round-robin"]) for policy, mean in means.items() if policy != "round-robin")
 

@@ -12,7 +12,7 @@ def run(policy: str, speedup: float, ttft: float, cached: int = 0, **changes: ob
         policy,
         speedup,
         outcomes,
-        {"a": Work(computed_tokens=600 - cached), "b": Work(computed_tokens=400)},
+        {"a": Work(600 - cached, busy_seconds=2.0), "b": Work(400, busy_seconds=4.0)},
         engines=2,
         idle_ttft=0.01,
         rate=speedup,
@@ -52,7 +52,7 @@ def test_ratios_are_those_to_what_was_run() -> None:
 def test_the_load_at_which_the_difference_vanishes() -> None:
     runs = [run(policy, speedup, ttft) for policy, speedup, ttft in (("round-robin", 2, 1.0), ("kv", 2, 0.9))]
     runs += [run(policy, speedup, ttft) for policy, speedup, ttft in (("round-robin", 4, 2.0), ("kv", 4, 1.0))]
-    assert report.load_table(runs).splitlines()[-1] == "| 4 | 4.0 | 2.00 | 1.00 | 0.50 |"
+    assert report.load_table(runs).splitlines()[-1] == "| 4 | 4.0 | 30% | 2.00 | 1.00 | 0.50 |"
     assert report.vanishing_load(runs).endswith("at speedup 2.")
     assert "every load" in report.vanishing_load(runs[2:])
 

@@ -20,7 +20,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from common.chat import (
@@ -33,7 +33,7 @@ from common.chat import (
     ModelList,
     Routing,
 )
-from common.errors import Internal, InvalidRequest, NotFound, Overloaded, PipelineError, Unavailable
+from common.errors import Cancelled, Internal, InvalidRequest, NotFound, Overloaded, PipelineError, Unavailable
 from common.messages import DescribeRequest, RouterStatus, Usage, WorkersRequest
 from common.program import Program, parser, run
 from common.remote import Remote
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 * 2**20  # the largest message that launch.sh lets through NATS
 MAX_REQUEST_ID = 128
+CLOSE_SECONDS = 1.0  # for connections that are still busy once the requests have been answered or cut off
 
 STAGES = {
     "processor": "inference.processor.process",
@@ -87,16 +88,21 @@ class Frontend:
         self, request: dict[str, object], context: Context
     ) -> AsyncGenerator[ChatCompletionChunk]:
         """Yield the answer to a chat completion request, chunk by chunk; a last chunk has the usage."""
-        async with aclosing(self._processors.stream(request, context)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        try:
+            async with aclosing(self._processors.stream(request, context)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except Cancelled as error:
+            if self._program.stopping:
+                raise Unavailable("this server is being stopped and could not wait for the rest") from error
+            raise
 
     async def post_chat_completions(self, http: web.Request) -> web.StreamResponse:
-        body = await json_body(http)
-        request = ChatCompletionRequest.parse(body)
         context = Context(http["context_id"], {"x-request-id": http["request_id"]})
-        record = Record(http["request_id"])
-        with self._program.in_progress():
+        with self._program.in_progress(context):
+            body = await json_body(http)
+            request = ChatCompletionRequest.parse(body)
+            record = Record(http["request_id"])
             try:
                 async with aclosing(record.watch(self.chat_completions(body, context))) as chunks:
                     if request.stream:
@@ -293,6 +299,22 @@ async def add_request_id(http: web.Request, response: web.StreamResponse) -> Non
     response.headers["x-request-id"] = http["request_id"]
 
 
+@asynccontextmanager
+async def listening(app: web.Application, host: str, port: int) -> AsyncIterator[None]:
+    """Serve HTTP while the block runs."""
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=CLOSE_SECONDS)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except (OSError, OverflowError) as error:  # the latter is said of a port that no machine has
+        raise SystemExit(f"cannot listen on {host}:{port} (--host, --port): {error}") from error
+    log.info("listening on http://%s:%d", host, port)
+    try:
+        yield
+    finally:
+        await runner.cleanup()
+
+
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     processors = await Remote.connect(runtime, args.processor, ChatCompletionChunk)
@@ -300,23 +322,14 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     routers = await Remote.connect(runtime, "inference.router.workers", RouterStatus)
     paths = STAGES | {"processor": args.processor}
     stages = {stage: await Remote.connect(runtime, path, object) for stage, path in paths.items()}
-    async with Program(runtime, args) as program:
-        frontend = Frontend(program, processors, describe, routers, stages)
+    program = Program(runtime, args)
+    frontend = Frontend(program, processors, describe, routers, stages)
+    # Around the program: while that waits for the requests in progress, they still have their connections.
+    async with listening(frontend.app(), args.host, args.port), program:
         program.add("inference.frontend.chat_completions", frontend.chat_completions, dict[str, object])
         await program.serve()
-        runner = web.AppRunner(frontend.app(), handler_cancellation=True, access_log=None)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, args.host, args.port).start()
-        except OSError as error:
-            raise SystemExit(f"cannot listen on {args.host}:{args.port} (--host, --port): {error.strerror}") from error
-        log.info("listening on http://%s:%d", args.host, args.port)
-        try:
-            await program.needs(*stages.values())
-            await program.stopped()
-            await program.drain()
-        finally:
-            await runner.cleanup()
+        await program.needs(*stages.values())
+        await program.stopped()
 
 
 if __name__ == "__main__":

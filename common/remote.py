@@ -57,6 +57,8 @@ class Remote(Generic[Item]):
                 items = await self._client.direct(body, instance_id, annotated=False, context=context)
             async for item in items:
                 yield self._decode(item)
+            if context.is_stopped():  # then the stream may end as if the answer were complete
+                raise Cancelled("the caller went away")
         except PipelineError:
             raise
         except Exception as error:  # the runtime raises ValueError and Exception with the kind in the text

@@ -169,6 +169,18 @@ class TestDrainLimit:
         assert processor.popen.wait(self.LEAVES) == 0
 
 
+def test_a_processor_that_died_takes_no_more_requests(bare: Pipeline, running: dict[str, Process]) -> None:
+    """For seconds etcd still lists it, and every now and then the runtime tries it again."""
+    start(bare, "processor", name="spare").wait_for("serving inference.processor.process")
+    bare.wait_for_instances(processor=2)
+    running["processor"].signal(signal.SIGKILL)
+    running["processor"].exit_code()
+    statuses = set()
+    while bare.instances()["processor"] == 2:
+        statuses.add(bare.ask(max_tokens=1).status_code)
+    assert statuses == {200}
+
+
 def test_a_router_that_is_restarted_under_load_fails_no_request(bare: Pipeline, running: dict[str, Process]) -> None:
     stop = threading.Event()
 

@@ -46,7 +46,9 @@ from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 * 2**20  # the largest message that launch.sh lets through NATS
+MAX_DEPTH = 64  # of lists and objects in a body: more than any conversation needs, less than any library minds
 MAX_REQUEST_ID = 128
+TOO_DEEP = f"the request body is nested more than {MAX_DEPTH} levels deep"
 CLOSE_SECONDS = 1.0  # for connections that are still busy once the requests have been answered or cut off
 
 STAGES = {
@@ -258,11 +260,28 @@ def routing_headers(chunk: ChatCompletionChunk) -> dict[str, str]:
 
 async def json_body(http: web.Request) -> dict[str, object]:
     try:
-        return msgspec.json.decode(await http.read(), type=dict[str, object])
+        body = msgspec.json.decode(await http.read(), type=dict[str, object])
+    except web.RequestPayloadError as error:
+        raise InvalidRequest("the request body is not encoded as content-encoding or transfer-encoding say") from error
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"the request body must be a JSON object: {error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the request body is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise InvalidRequest(TOO_DEEP) from error
+    check_portable(body)
+    return body
+
+
+def check_portable(value: object, depth: int = MAX_DEPTH) -> None:
+    """Raises InvalidRequest for JSON that no message can carry."""
+    if isinstance(value, dict | list):
+        if not depth:
+            raise InvalidRequest(TOO_DEEP)
+        for child in value.values() if isinstance(value, dict) else value:
+            check_portable(child, depth - 1)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise InvalidRequest("the request body has an integer of more than 64 bits")
 
 
 def request_id_of(http: web.Request) -> str:
@@ -296,7 +315,8 @@ async def answers_in_json(request: web.Request, handler: Handler) -> web.StreamR
 
 
 async def add_request_id(http: web.Request, response: web.StreamResponse) -> None:
-    response.headers["x-request-id"] = http["request_id"]
+    # aiohttp answers an Expect header that it does not know before any middleware runs.
+    response.headers["x-request-id"] = http.get("request_id") or uuid.uuid4().hex
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ from common.chat import ChatMessage
 from common.errors import InvalidRequest
 from common.messages import SamplingOptions
 
+from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -28,13 +29,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--model", help="folder of the model, or its name on the Hugging Face hub; default: the one made at set-up"
     )
     parser.add_argument("--model-name", help="what clients call it; default: the folder's name, or the name on the hub")
-    parser.add_argument("--block-size", type=int, default=BLOCK_SIZE, help="tokens in a KV block")
+    parser.add_argument("--block-size", type=_positive, default=BLOCK_SIZE, help="tokens in a KV block")
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
 
 
 def locate(model: str | None) -> str:
     """The folder of `model`, or its name on the Hugging Face hub. None stands for the model made at set-up.
 
-    Raises SystemExit with what to do if it is meant to be a folder and is not there.
+    Raises SystemExit with what to do if it is not there.
     """
     if model is None:
         if not DEFAULT_MODEL.is_dir():
@@ -46,6 +53,10 @@ def locate(model: str | None) -> str:
         return os.path.abspath(model)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise SystemExit(f"no model at {model!r}: --model takes a folder, or a name on the hub like Qwen/Qwen3-0.6B")
+    try:
+        hf_hub_download(model, "config.json")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{model!r} cannot be had from the hub: {str(error).splitlines()[0]}") from error
     return model
 
 
@@ -57,7 +68,6 @@ def served_name(located: str, name: str | None = None) -> str:
 def tokenizer_fingerprint(located: str) -> str | None:
     """A short hash of the model's tokenizer.json: equal for equal tokenizers. None if the model has no such file, or it
     cannot be had now."""
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:

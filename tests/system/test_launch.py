@@ -92,6 +92,20 @@ def test_killed_hard_it_leaves_nothing_behind(launch: Launch) -> None:
     gone(parts)
 
 
+def test_killed_hard_while_sglang_loads_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, "--engines", "1", "--backend", "sglang")
+    try:
+        until(
+            lambda: sum("spawn_main" in " ".join(part.cmdline()) for part in launch.parts()) > 1, "SGLang's processes"
+        )
+        parts = launch.parts()
+        launch.signal(signal.SIGKILL)
+        gone(parts)
+    finally:
+        launch.close()
+        shutil.rmtree(launch.data, ignore_errors=True)
+
+
 def test_what_a_killed_launch_left_is_cleaned_up(tmp_path: Path) -> None:
     launch = Launch(tmp_path, "--engines", "1")
     try:

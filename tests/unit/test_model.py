@@ -1,14 +1,16 @@
 """How a conversation becomes a prompt, with a small tokenizer and a template like Qwen's."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from common.chat import ChatCompletionRequest
 from common.errors import InvalidRequest
-from common.model import ChatModel, longest_token
+from common.model import ChatModel, add_options, locate, longest_token
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -46,6 +48,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
 
 def messages(*given: dict[str, Any]) -> Any:
     return ChatCompletionRequest.parse({"model": "m", "messages": [*given]}).messages
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: str) -> None:
+        raise LocalEntryNotFoundError("no network\n\nand so on")
+
+    monkeypatch.setattr("common.model.hf_hub_download", fail)
+    with pytest.raises(SystemExit, match=r"'some/model' cannot be had from the hub: no network$"):
+        locate("some/model")
+
+
+def test_blocks_have_at_least_a_token(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--block-size", "0"])
+    assert "--block-size: must be at least 1" in capsys.readouterr().err
 
 
 def test_a_tool_call_is_rendered(model: ChatModel) -> None:

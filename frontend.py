@@ -227,9 +227,10 @@ class Record:
         fields: dict[str, object] = {"request_id": self._request_id, "status": status}
         if self._routing:
             fields |= {"worker": self._routing.worker_id, "overlap_blocks": self._routing.overlap_blocks}
-        if self._usage and self._usage.prompt_tokens_details:
+        if self._usage:
             fields["prompt_tokens"] = self._usage.prompt_tokens
-            fields["cached_tokens"] = self._usage.prompt_tokens_details.cached_tokens
+            if self._usage.prompt_tokens_details:
+                fields["cached_tokens"] = self._usage.prompt_tokens_details.cached_tokens
             fields["completion_tokens"] = self._usage.completion_tokens
         if self._finish_reason:
             fields["finish_reason"] = self._finish_reason

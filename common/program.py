@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from common.errors import Internal, InvalidRequest, PipelineError
+from common.errors import Cancelled, Internal, InvalidRequest, PipelineError
 from common.remote import Remote
 
 import msgspec
@@ -131,8 +131,12 @@ class Program:
                 try:
                     async for message in handler(_decode(body, request), context):
                         yield msgspec.to_builtins(message)
-                except PipelineError:
-                    raise
+                except Cancelled:
+                    if self.stopping:  # it was us, so the caller must not take it for the end of the answer
+                        raise
+                except PipelineError as error:
+                    # Expected; yet the runtime prints it, so without what led to it.
+                    raise error.with_traceback(None) from None
                 except Exception as error:
                     log.exception("request %s failed", request_id(context))
                     raise Internal(f"{path} failed: {type(error).__name__}: {error}") from error

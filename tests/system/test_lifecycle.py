@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.system.conftest import REPOSITORY, Pipeline, Process, until
 
+import httpx
 import pytest
 
 PROGRAMS = ("engine", "router", "processor", "frontend")
@@ -116,6 +117,26 @@ def test_a_second_signal_does_not_wait(bare: Pipeline, running: dict[str, Proces
         running["processor"].signal(signal.SIGTERM)
         running["processor"].exit_code()
         assert answer.result().status_code == 503
+
+
+def test_what_a_worker_does_not_say_is_not_made_up(bare: Pipeline, running: dict[str, Process]) -> None:
+    """The simulated engine does not report what it had cached."""
+    usage = bare.ask(max_tokens=1).json()["usage"]
+    assert usage["completion_tokens"] == 1
+    assert usage["prompt_tokens_details"] is None
+    running["frontend"].wait_for("completion_tokens=1")
+    assert "cached_tokens" not in running["frontend"].text
+
+
+def test_a_client_that_hangs_up_is_no_fault(bare: Pipeline, running: dict[str, Process]) -> None:
+    with bare.client() as client, pytest.raises(httpx.ReadTimeout):
+        body = {"model": bare.model, "messages": [{"role": "user", "content": "Hello!"}]}
+        client.post("/v1/chat/completions", json=body, timeout=1)
+    running["frontend"].wait_for("status=499")
+    assert bare.ask(max_tokens=1).status_code == 200
+    for process in running.values():
+        assert "Traceback" not in process.text
+        assert "\x1b" not in process.text
 
 
 class TestDrainLimit:

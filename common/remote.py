@@ -69,9 +69,8 @@ class Remote(Generic[Item]):
         """The stream of answers. Fails if nobody took the request."""
         if instance_id is not None:
             return await self._client.direct(body, instance_id, annotated=False, context=context)
-        for _ in self.instance_ids()[
-            1:
-        ]:  # each that fails is one that died; the runtime leaves it out of the next turn
+        # Each one that fails has died, and the runtime leaves it out of the next turns.
+        for _ in self.instance_ids()[1:]:
             try:
                 return await self._client.round_robin(body, annotated=False, context=context)
             except Exception as error:

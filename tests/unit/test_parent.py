@@ -12,8 +12,8 @@ import pytest
 PROGRAM = """
 import multiprocessing, os, time
 if __name__ == "__mp_main__":
-    print(os.getpid(), flush=True)
     parent = os.getppid()
+    print(os.getpid(), flush=True)
     while {early} and os.getppid() == parent:
         time.sleep(0.01)
 from common import parent

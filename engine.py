@@ -16,7 +16,10 @@ LoRA, images and much more to the same calls.
 import argparse
 from collections.abc import AsyncIterator
 
-from common import sglang_cpu  # noqa: F401  SGLang's own processes import this file: here they learn that there is no GPU
+from common import (
+    parent,  # noqa: F401  SGLang's own processes import this file: here they learn to end with this one,
+    sglang_cpu,  # noqa: F401  and that there is no GPU
+)
 from common.messages import DescribeRequest, GenerateRequest, SnapshotRequest, WorkerInfo
 from common.model import add_options
 from common.own_cache import OwnCache

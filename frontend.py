@@ -20,7 +20,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from common.chat import (
@@ -33,7 +33,7 @@ from common.chat import (
     ModelList,
     Routing,
 )
-from common.errors import Internal, InvalidRequest, NotFound, Overloaded, PipelineError, Unavailable
+from common.errors import Cancelled, Internal, InvalidRequest, NotFound, Overloaded, PipelineError, Unavailable
 from common.messages import DescribeRequest, RouterStatus, Usage, WorkersRequest
 from common.program import Program, parser, run
 from common.remote import Remote
@@ -46,7 +46,10 @@ from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 * 2**20  # the largest message that launch.sh lets through NATS
+MAX_DEPTH = 64  # of lists and objects in a body: more than any conversation needs, less than any library minds
 MAX_REQUEST_ID = 128
+TOO_DEEP = f"the request body is nested more than {MAX_DEPTH} levels deep"
+CLOSE_SECONDS = 1.0  # for connections that are still busy once the requests have been answered or cut off
 
 STAGES = {
     "processor": "inference.processor.process",
@@ -87,16 +90,21 @@ class Frontend:
         self, request: dict[str, object], context: Context
     ) -> AsyncGenerator[ChatCompletionChunk]:
         """Yield the answer to a chat completion request, chunk by chunk; a last chunk has the usage."""
-        async with aclosing(self._processors.stream(request, context)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        try:
+            async with aclosing(self._processors.stream(request, context)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except Cancelled as error:
+            if self._program.stopping:
+                raise Unavailable("this server is being stopped and could not wait for the rest") from error
+            raise
 
     async def post_chat_completions(self, http: web.Request) -> web.StreamResponse:
-        body = await json_body(http)
-        request = ChatCompletionRequest.parse(body)
         context = Context(http["context_id"], {"x-request-id": http["request_id"]})
-        record = Record(http["request_id"])
-        with self._program.in_progress():
+        with self._program.in_progress(context):
+            body = await json_body(http)
+            request = ChatCompletionRequest.parse(body)
+            record = Record(http["request_id"])
             try:
                 async with aclosing(record.watch(self.chat_completions(body, context))) as chunks:
                     if request.stream:
@@ -219,9 +227,10 @@ class Record:
         fields: dict[str, object] = {"request_id": self._request_id, "status": status}
         if self._routing:
             fields |= {"worker": self._routing.worker_id, "overlap_blocks": self._routing.overlap_blocks}
-        if self._usage and self._usage.prompt_tokens_details:
+        if self._usage:
             fields["prompt_tokens"] = self._usage.prompt_tokens
-            fields["cached_tokens"] = self._usage.prompt_tokens_details.cached_tokens
+            if self._usage.prompt_tokens_details:
+                fields["cached_tokens"] = self._usage.prompt_tokens_details.cached_tokens
             fields["completion_tokens"] = self._usage.completion_tokens
         if self._finish_reason:
             fields["finish_reason"] = self._finish_reason
@@ -252,11 +261,28 @@ def routing_headers(chunk: ChatCompletionChunk) -> dict[str, str]:
 
 async def json_body(http: web.Request) -> dict[str, object]:
     try:
-        return msgspec.json.decode(await http.read(), type=dict[str, object])
+        body = msgspec.json.decode(await http.read(), type=dict[str, object])
+    except web.RequestPayloadError as error:
+        raise InvalidRequest("the request body is not encoded as content-encoding or transfer-encoding say") from error
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"the request body must be a JSON object: {error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the request body is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise InvalidRequest(TOO_DEEP) from error
+    check_portable(body)
+    return body
+
+
+def check_portable(value: object, depth: int = MAX_DEPTH) -> None:
+    """Raises InvalidRequest for JSON that no message can carry."""
+    if isinstance(value, dict | list):
+        if not depth:
+            raise InvalidRequest(TOO_DEEP)
+        for child in value.values() if isinstance(value, dict) else value:
+            check_portable(child, depth - 1)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise InvalidRequest("the request body has an integer of more than 64 bits")
 
 
 def request_id_of(http: web.Request) -> str:
@@ -290,7 +316,24 @@ async def answers_in_json(request: web.Request, handler: Handler) -> web.StreamR
 
 
 async def add_request_id(http: web.Request, response: web.StreamResponse) -> None:
-    response.headers["x-request-id"] = http["request_id"]
+    # aiohttp answers an Expect header that it does not know before any middleware runs.
+    response.headers["x-request-id"] = http.get("request_id") or uuid.uuid4().hex
+
+
+@asynccontextmanager
+async def listening(app: web.Application, host: str, port: int) -> AsyncIterator[None]:
+    """Serve HTTP while the block runs."""
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=CLOSE_SECONDS)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except (OSError, OverflowError) as error:  # the latter is said of a port that no machine has
+        raise SystemExit(f"cannot listen on {host}:{port} (--host, --port): {error}") from error
+    log.info("listening on http://%s:%d", host, port)
+    try:
+        yield
+    finally:
+        await runner.cleanup()
 
 
 @dynamo_worker()
@@ -300,23 +343,14 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     routers = await Remote.connect(runtime, "inference.router.workers", RouterStatus)
     paths = STAGES | {"processor": args.processor}
     stages = {stage: await Remote.connect(runtime, path, object) for stage, path in paths.items()}
-    async with Program(runtime, args) as program:
-        frontend = Frontend(program, processors, describe, routers, stages)
+    program = Program(runtime, args)
+    frontend = Frontend(program, processors, describe, routers, stages)
+    # Around the program: while that waits for the requests in progress, they still have their connections.
+    async with listening(frontend.app(), args.host, args.port), program:
         program.add("inference.frontend.chat_completions", frontend.chat_completions, dict[str, object])
         await program.serve()
-        runner = web.AppRunner(frontend.app(), handler_cancellation=True, access_log=None)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, args.host, args.port).start()
-        except OSError as error:
-            raise SystemExit(f"cannot listen on {args.host}:{args.port} (--host, --port): {error.strerror}") from error
-        log.info("listening on http://%s:%d", args.host, args.port)
-        try:
-            await program.needs(*stages.values())
-            await program.stopped()
-            await program.drain()
-        finally:
-            await runner.cleanup()
+        await program.needs(*stages.values())
+        await program.stopped()
 
 
 if __name__ == "__main__":

@@ -178,14 +178,14 @@ class Answer:
         self._created = int(time.time())
         self._prompt_tokens = prompt_tokens
         self._tokens = 0
-        self._cached_tokens: int | None = None
+        self._prompt_details: PromptTokensDetails | None = None  # some workers say nothing of it
         self._begun = False
         self.finish_reason: str | None = None
 
     def add(self, decision: RoutingDecision, output: EngineOutput) -> ChatCompletionChunk | None:
         """The chunk for an engine's output; None if no character is complete yet. Sets `finish_reason` at the end."""
-        if not self._begun and output.completion_usage and output.completion_usage.prompt_tokens_details:
-            self._cached_tokens = output.completion_usage.prompt_tokens_details.cached_tokens
+        if not self._begun and output.completion_usage:
+            self._prompt_details = output.completion_usage.prompt_tokens_details
         text = "".join(map(self._add_token, output.token_ids))
         if self._stops.found:
             self.finish_reason = "stop"
@@ -209,7 +209,7 @@ class Answer:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._tokens,
             total_tokens=self._prompt_tokens + self._tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached_tokens or 0),
+            prompt_tokens_details=self._prompt_details,
         )
         return chunk
 

@@ -76,7 +76,9 @@ class Router:
     def _check(self, request: FindWorkerRequest) -> None:
         processor = Agreement(request.model, request.tokenizer, request.block_size)
         if reason := self._agreement.misfit(processor):
-            raise InvalidRequest(f"the router refuses this processor: {reason}")
+            raise InvalidRequest(
+                f"the router refuses this processor: {reason}; start both with the same --model and --block-size"
+            )
 
     @asynccontextmanager
     async def _lease(self, request: FindWorkerRequest, prompt: Prompt) -> AsyncIterator[RoutingDecision]:

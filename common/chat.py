@@ -20,19 +20,44 @@ STOP_STRINGS = 4  # OpenAI's limit
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None or name not in cls.model_fields}
+
 
 class TextPart(_Body):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
-    """One message of the conversation. What this pipeline does not know of it, the chat template may."""
+class _Open(BaseModel):
+    """What this pipeline does not know of it, the chat template may."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
+
+class FunctionCall(_Open):
+    name: str
+    arguments: str
+
+
+class ToolCall(_Open):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(_Open):
+    """One message of the conversation."""
+
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -146,14 +171,17 @@ class ResponseFormat(_Body):
 _UNSUPPORTED = {"n", "logprobs", "top_logprobs", "logit_bias", "tools", "tool_choice", "response_format", "modalities",
                 "store"}  # fmt: skip
 
+_UNION_ARMS = ("str", "list[str]", "list[TextPart]")  # that pydantic names in a path as if they were fields
+
 
 def _explain(error: ValidationError) -> InvalidRequest:
     """The fault that pydantic found deepest in the body, in the words of an API."""
     fault = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
-    path = [part for part in fault["loc"] if part != "str" and "[" not in str(part)]  # without the arms of a union
+    unknown = fault["loc"][-1:] if fault["type"] == "extra_forbidden" else ()
+    path = [part for part in fault["loc"][: -len(unknown) or None] if part not in _UNION_ARMS] + [*unknown]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
     message = f"{param}: {fault['msg']}" if param else fault["msg"]
-    if fault["type"] == "extra_forbidden":
+    if unknown:
         message = f"unknown field {param!r}"
     elif fault["type"] == "model_type" and not param:
         message = "the request body must be a JSON object"

@@ -5,9 +5,12 @@ a marker, and `from_exception` makes the same error of it again, however many ho
 """
 
 import json
+from contextlib import suppress
 from typing import Any, ClassVar
 
 _MARKER = "PipelineError:"
+# Characters of a text: the runtime cuts what it carries at some 4,000 bytes, and JSON takes up to six for one of them.
+_MAX_MESSAGE, _MAX_PARAM = 500, 100
 
 
 class PipelineError(Exception):
@@ -23,13 +26,13 @@ class PipelineError(Exception):
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = _bounded(message, _MAX_MESSAGE)
         self.code = code
-        self.param = param
+        self.param = param and _bounded(param, _MAX_PARAM)
 
     def __str__(self) -> str:
         fields = {"kind": self.kind, "message": self.message, "code": self.code, "param": self.param}
-        return f"{_MARKER} {json.dumps(fields)}"
+        return f"{_MARKER} {json.dumps(fields, ensure_ascii=False)}"
 
     @property
     def body(self) -> dict[str, Any]:
@@ -100,10 +103,14 @@ def from_exception(error: Exception) -> PipelineError:
     if isinstance(error, PipelineError):
         return error
     text = str(error)
-    if _MARKER in text:
+    with suppress(ValueError, KeyError):  # no such marker, or something on the way has cut what is behind it
         fields, _ = json.JSONDecoder().raw_decode(text, text.index(_MARKER) + len(_MARKER) + 1)
         return _KINDS[fields["kind"]](fields["message"], code=fields["code"], param=fields["param"])
     for prefix, kind in _RUNTIME_PREFIXES.items():
         if text.startswith(prefix):
             return kind(text.removeprefix(prefix).strip())
     return Internal(text)
+
+
+def _bounded(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"

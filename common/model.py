@@ -2,7 +2,10 @@
 
 import argparse
 import hashlib
+import json
 import os
+import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +15,9 @@ from common.chat import ChatMessage
 from common.errors import InvalidRequest
 from common.messages import SamplingOptions
 
+from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "models" / "random-llama"
 BLOCK_SIZE = 16  # tokens in a KV block, unless the programs are told otherwise
@@ -24,13 +29,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--model", help="folder of the model, or its name on the Hugging Face hub; default: the one made at set-up"
     )
     parser.add_argument("--model-name", help="what clients call it; default: the folder's name, or the name on the hub")
-    parser.add_argument("--block-size", type=int, default=BLOCK_SIZE, help="tokens in a KV block")
+    parser.add_argument("--block-size", type=_positive, default=BLOCK_SIZE, help="tokens in a KV block")
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
 
 
 def locate(model: str | None) -> str:
     """The folder of `model`, or its name on the Hugging Face hub. None stands for the model made at set-up.
 
-    Raises SystemExit with what to do if it is meant to be a folder and is not there.
+    Raises SystemExit with what to do if it is not there.
     """
     if model is None:
         if not DEFAULT_MODEL.is_dir():
@@ -42,6 +53,10 @@ def locate(model: str | None) -> str:
         return os.path.abspath(model)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise SystemExit(f"no model at {model!r}: --model takes a folder, or a name on the hub like Qwen/Qwen3-0.6B")
+    try:
+        hf_hub_download(model, "config.json")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{model!r} cannot be had from the hub: {str(error).splitlines()[0]}") from error
     return model
 
 
@@ -53,7 +68,6 @@ def served_name(located: str, name: str | None = None) -> str:
 def tokenizer_fingerprint(located: str) -> str | None:
     """A short hash of the model's tokenizer.json: equal for equal tokenizers. None if the model has no such file, or it
     cannot be had now."""
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
@@ -104,6 +118,7 @@ class ChatModel:
             raise SystemExit(f"{located} has no chat template, so it cannot chat")
         if not self._template.is_fast:
             raise SystemExit(f"{located} has no tokenizer.json, which incremental detokenization needs")
+        self._knows_developer = "developer" in str(self._template.chat_template)
         self.tokenizer: Tokenizer = self._template.backend_tokenizer
         config = AutoConfig.from_pretrained(located).get_text_config()
         self.context_length: int = config.max_position_embeddings
@@ -113,6 +128,7 @@ class ChatModel:
             generation = GenerationConfig()
         ends = generation.eos_token_id if generation.eos_token_id is not None else self._template.eos_token_id
         self.eos_token_ids: list[int] = sorted({ends} if isinstance(ends, int) else set(ends or ()))
+        self._longest_token = longest_token(self.tokenizer)
         self._sampling: Any = {
             name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k", "min_p")
         }
@@ -122,12 +138,13 @@ class ChatModel:
 
         Raises InvalidRequest if the template does not accept it, in the template's words.
         """
-        from jinja2 import TemplateError
-
         plain = [{**message.model_dump(exclude_none=True), "content": message.text} for message in messages]
+        for message in plain:
+            if message["role"] == "developer" and not self._knows_developer:
+                message["role"] = "system"
         try:
             text: str = self._template.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it can fail in any way at what it did not expect
             raise InvalidRequest(f"the model's chat template: {error}", param="messages") from error
         return text
 
@@ -138,5 +155,39 @@ class ChatModel:
 
     def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The prompt's token ids. The template has written every special token, so none is added."""
-        ids: list[int] = self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids
+        text = self.render(messages)
+        self._check_length(text)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def _check_length(self, text: str) -> None:
+        """Raises InvalidRequest for a text that cannot fit: to tokenize it would take a minute and gigabytes."""
+        most = self.context_length * (self._longest_token or sys.maxsize)
+        if len(text) * 4 <= most:  # no character has more bytes
+            return
+        size = len(unicodedata.normalize("NFC", text).encode())
+        if size > most:
+            raise InvalidRequest(
+                f"This model's maximum context length is {self.context_length} tokens, which is {most} bytes of text "
+                f"at the very most. However, your messages have {size} bytes. Please reduce their length.",
+                code="context_length_exceeded",
+                param="messages",
+            )
+
+
+def longest_token(tokenizer: Tokenizer) -> int | None:
+    """Bytes of text, in Unicode's form NFC, that one token can stand for. None if that has no limit or none is known:
+    it is for byte-level BPE that no byte of a text gets lost on the way to its tokens."""
+    spec = json.loads(tokenizer.to_str())
+    added, vocab = spec["added_tokens"], spec["model"].get("vocab", {})
+    keeps_every_byte = (
+        spec["model"]["type"] == "BPE"
+        and (spec["decoder"] or {}).get("type") == "ByteLevel"
+        and spec["normalizer"] in (None, {"type": "NFC"})
+        and "Removed" not in json.dumps(spec["pre_tokenizer"])
+        and set(ByteLevel.alphabet()) <= vocab.keys()
+        and not any(token["lstrip"] or token["rstrip"] or not token["content"].isascii() for token in added)
+    )
+    if not keeps_every_byte:
+        return None
+    return max(map(len, [*vocab, *(token["content"] for token in added)]))

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from common.errors import Internal, InvalidRequest, PipelineError
+from common.errors import Cancelled, Internal, InvalidRequest, PipelineError
 from common.remote import Remote
 
 import msgspec
@@ -34,6 +34,7 @@ from dynamo.runtime import Context, DistributedRuntime, Endpoint
 log = logging.getLogger(__name__)
 
 REGISTER_SECONDS = 0.02  # between looks at whether etcd knows us
+LAST_WORDS_SECONDS = 1.0  # that a request which is cut off has to tell its caller
 
 Request = TypeVar("Request")
 Handler = Callable[[Request, Context], AsyncIterator[object]]
@@ -106,9 +107,10 @@ class Program:
         self.runtime = runtime
         self._drain_seconds: float = args.drain_seconds
         self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._in_progress = 0
+        self._in_progress: set[Context] = set()
         self._failed = False
         self._added: list[tuple[str, Endpoint, Callable[[], Awaitable[Any]]]] = []
         self._endpoints: list[Endpoint] = []
@@ -125,12 +127,16 @@ class Program:
         `request` and yields messages. It begins with `serve`."""
 
         async def answer(body: object, context: Context) -> AsyncIterator[object]:
-            with self.in_progress():
+            with self.in_progress(context):
                 try:
                     async for message in handler(_decode(body, request), context):
                         yield msgspec.to_builtins(message)
-                except PipelineError:
-                    raise
+                except Cancelled:
+                    if self.stopping:  # it was us, so the caller must not take it for the end of the answer
+                        raise
+                except PipelineError as error:
+                    # Expected; yet the runtime prints it, so without what led to it.
+                    raise error.with_traceback(None) from None
                 except Exception as error:
                     log.exception("request %s failed", request_id(context))
                     raise Internal(f"{path} failed: {type(error).__name__}: {error}") from error
@@ -172,30 +178,27 @@ class Program:
             self.stop()
 
     @contextmanager
-    def in_progress(self) -> Iterator[None]:
-        """Marks a piece of work that a stopping program waits for."""
-        self._in_progress += 1
+    def in_progress(self, context: Context) -> Iterator[None]:
+        """Marks a request that a stopping program waits for; when it has waited enough, it stops `context`."""
+        self._in_progress.add(context)
         self._idle.clear()
         try:
             yield
         finally:
-            self._in_progress -= 1
+            self._in_progress.remove(context)
             if not self._in_progress:
                 self._idle.set()
 
     def stop(self) -> None:
         """Begin to leave. A second call leaves without waiting for requests in progress."""
         if self._stop.is_set():
-            self._idle.set()
+            self._hurry.set()
         self._stop.set()
 
     async def needs(self, *remotes: Remote[Any]) -> None:
         """Say what this program is waiting for, until it is there or it is time to leave."""
         for remote in remotes:
-            waits = [asyncio.create_task(remote.wait()), asyncio.create_task(self.stopped())]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for task in waits:
-                task.cancel()
+            await _first(None, remote.wait(), self.stopped())
 
     @property
     def stopping(self) -> bool:
@@ -205,21 +208,9 @@ class Program:
         """Return when it is time to leave: a signal came, or serving failed."""
         await self._stop.wait()
 
-    async def drain(self) -> None:
-        """Take this process out of discovery, then wait for the requests in progress."""
-        for endpoint in self._endpoints:
-            await endpoint.unregister_endpoint_instance()
-        self._endpoints.clear()
-        if self._in_progress:
-            log.info("left discovery; finishing %d requests", self._in_progress)
-        try:
-            await asyncio.wait_for(self._idle.wait(), self._drain_seconds)
-        except TimeoutError:
-            log.warning("%d requests unfinished after %g s", self._in_progress, self._drain_seconds)
-
     async def __aexit__(self, *_: object) -> None:
         self._stop.set()
-        await self.drain()
+        await self._drain()
         for task in self._background:
             task.cancel()
         self.runtime.shutdown()
@@ -228,6 +219,27 @@ class Program:
         log.info("left")
         if self._failed:
             sys.exit(1)
+
+    async def _drain(self) -> None:
+        """Take this process out of discovery, then wait for the requests in progress, and cut off what is left."""
+        for endpoint in self._endpoints:
+            await endpoint.unregister_endpoint_instance()
+        if self._in_progress:
+            log.info("left discovery; finishing %d requests", len(self._in_progress))
+        await _first(self._drain_seconds, self._idle.wait(), self._hurry.wait())
+        if self._in_progress:
+            log.warning("%d requests are cut off", len(self._in_progress))
+            for context in self._in_progress:
+                context.stop_generating()
+            await _first(LAST_WORDS_SECONDS, self._idle.wait())
+
+
+async def _first(seconds: float | None, *events: Coroutine[Any, Any, object]) -> None:
+    """Return when the first of `events` has happened, or after `seconds`."""
+    tasks = [asyncio.create_task(event) for event in events]
+    await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
 
 
 def request_id(context: Context) -> str:

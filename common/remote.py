@@ -5,7 +5,7 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from common.errors import Cancelled, Internal, PipelineError, Unavailable, from_exception
 
@@ -49,14 +49,12 @@ class Remote(Generic[Item]):
         Stopping `context` ends the stream at both ends. Raises PipelineError: what the other side raised, Unavailable
         if it cannot be reached, dies or gives up, Cancelled if `context` was stopped first.
         """
-        body = msgspec.to_builtins(request)
         try:
-            if instance_id is None:
-                items = await self._client.round_robin(body, annotated=False, context=context)
-            else:
-                items = await self._client.direct(body, instance_id, annotated=False, context=context)
+            items = await self._send(msgspec.to_builtins(request), context, instance_id)
             async for item in items:
                 yield self._decode(item)
+            if context.is_stopped():  # then the stream may end as if the answer were complete
+                raise Cancelled("the caller went away")
         except PipelineError:
             raise
         except Exception as error:  # the runtime raises ValueError and Exception with the kind in the text
@@ -66,6 +64,19 @@ class Remote(Generic[Item]):
             if isinstance(known, Cancelled):  # not by us: who answered was told to leave
                 raise Unavailable(f"{self.path} gave the request up") from error
             raise known from error
+
+    async def _send(self, body: object, context: Context, instance_id: int | None) -> Any:
+        """The stream of answers. Fails if nobody took the request."""
+        if instance_id is not None:
+            return await self._client.direct(body, instance_id, annotated=False, context=context)
+        # Each one that fails has died, and the runtime leaves it out of the next turns.
+        for _ in self.instance_ids()[1:]:
+            try:
+                return await self._client.round_robin(body, annotated=False, context=context)
+            except Exception as error:
+                if not isinstance(from_exception(error), Unavailable):
+                    raise
+        return await self._client.round_robin(body, annotated=False, context=context)
 
     async def call(self, request: object, instance_id: int | None = None) -> Item:
         """Send `request` and return the one message that answers it."""

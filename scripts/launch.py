@@ -9,6 +9,7 @@ With NATS_SERVER or ETCD_ENDPOINTS set, those servers are used and none is start
 import argparse
 import asyncio
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -25,11 +25,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 REPOSITORY = Path(__file__).parent.parent
 NATS_PAYLOAD = "32MB"  # a prompt of a million tokens is about 7 MB of token ids
 START_SECONDS = 900  # a large model takes minutes to load, and to download even longer
-STOP_SECONDS = 40  # the programs give requests in progress 30
+REACH_SECONDS = 10  # for servers that are said to run already
+STOP_SECONDS = 45  # the programs give requests in progress 30
 BACK_OFF = (1.0, 30.0)  # seconds before a part is started again, at first and at most
 STEADY_SECONDS = 60  # after so long the next death counts as the first
 GPU_SHARE = 0.85  # of a GPU's memory for engines
@@ -116,14 +118,16 @@ def _die_with_parent(parent: int) -> Callable[[], None]:
 class Launcher:
     """The parts of one pipeline."""
 
-    def __init__(self, args: argparse.Namespace, extra: list[str], data: Path) -> None:
+    def __init__(self, args: argparse.Namespace, extra: list[str]) -> None:
         self._args = args
         self._extra = extra
-        self._data = data
+        self._address = address_of(args.host, args.port)
         self._logs = REPOSITORY / "logs" / str(args.port)
-        self._logs.mkdir(parents=True, exist_ok=True)
+        self._data = self._logs / "data"
+        self._claims: list[socket.socket] = []
         self._environment: dict[str, str] = {}
         self._parts: list[Part] = []
+        self._watches: list[asyncio.Task[bool]] = []
         self._stopping = asyncio.Event()
         self._hurry = False
 
@@ -134,7 +138,7 @@ class Launcher:
         try:
             if await self._unless_stopped(self._start()):
                 self._report()
-                await asyncio.gather(*(self._unless_stopped(self._watch(part)) for part in self._parts))
+                await asyncio.gather(*self._watches)
         finally:
             await self._end()
 
@@ -160,7 +164,9 @@ class Launcher:
 
     async def _start(self) -> None:
         args = self._args
-        check_free(args.port, f"use another one: {sys.argv[0].replace('scripts/launch.py', 'launch.sh')} --port N")
+        self._claim_http_port()
+        shutil.rmtree(self._data, ignore_errors=True)  # of a launch that was killed
+        self._data.mkdir(parents=True)
         await self._start_servers()
         send_tokens = ["--send-tokens"] if args.policy == "dynamo" else []
         engines = [self._engine(number) for number in range(args.engines)]
@@ -173,12 +179,35 @@ class Launcher:
         await asyncio.gather(self._start_engines(engines), *(self._start_part(part) for part in others))
         await asyncio.to_thread(self._check)
 
+    def _claim_http_port(self) -> None:
+        host, port = self._args.host, self._args.port
+        try:
+            self._claims.append(claim(port, host))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise LaunchError(f"cannot listen on {host}:{port} (--host, --port): {error.strerror}") from error
+            command = sys.argv[0].replace("scripts/launch.py", "launch.sh")
+            raise LaunchError(f"port {port} is in use; use another one: {command} --port N") from error
+
+    def _prefer_port(self, port: int) -> int:
+        """`port` if it is free, else one that is."""
+        taken = port
+        while True:
+            try:
+                self._claims.append(claim(taken))
+                break
+            except OSError:
+                taken = any_port()
+        if taken != port:
+            say(f"port {port} is in use; taking {taken}")
+        return taken
+
     async def _start_servers(self) -> None:
         servers = []
         if "NATS_SERVER" in os.environ:
-            say(f"using NATS at {os.environ['NATS_SERVER']}")
+            await reach("NATS", "NATS_SERVER", 4222)
         else:
-            port = prefer_port(4222)
+            port = self._prefer_port(4222)
             config = self._data / "nats.conf"
             config.write_text(
                 f"host: 127.0.0.1\nport: {port}\nmax_payload: {NATS_PAYLOAD}\n"
@@ -187,9 +216,9 @@ class Launcher:
             servers.append(self._part("nats", [find("nats-server"), "-c", str(config)], "Server is ready"))
             self._environment["NATS_SERVER"] = f"nats://127.0.0.1:{port}"
         if "ETCD_ENDPOINTS" in os.environ:
-            say(f"using etcd at {os.environ['ETCD_ENDPOINTS']}")
+            await reach("etcd", "ETCD_ENDPOINTS", 2379)
         else:
-            client, peer = (f"http://127.0.0.1:{prefer_port(port)}" for port in (2379, 2380))
+            client, peer = (f"http://127.0.0.1:{self._prefer_port(port)}" for port in (2379, 2380))
             command = [
                 find("etcd"),
                 f"--data-dir={self._data}/etcd",
@@ -241,43 +270,48 @@ class Launcher:
         self._parts.append(part)
         await part.start()
         await part.wait_until_ready()
+        self._watches.append(asyncio.create_task(self._unless_stopped(self._watch(part))))
 
     def _check(self) -> None:
         """Ask the pipeline a real question, once every engine has joined."""
         deadline = time.monotonic() + 30
-        while True:
-            health = self._get("/health")
-            if health["status"] == "healthy" and health["instances"]["engine"] >= self._args.engines:
-                break
+        while not self._healthy(health := self._health()):
             if time.monotonic() > deadline:
                 raise LaunchError(f"the parts are ready but do not find each other: {health}; see {self._logs}")
             time.sleep(0.1)
-        self._model = self._get("/v1/models")["data"][0]["id"]
-        question = {"model": self._model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16}
-        began = time.monotonic()
         try:
+            self._model = self._get("/v1/models")["data"][0]["id"]
+            question = {"model": self._model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16}
+            began = time.monotonic()
             answer = self._get("/v1/chat/completions", question)
-        except urllib.error.HTTPError as error:
-            raise LaunchError(f"a first request failed: {error.read().decode()}; see {self._logs}") from error
+        except OSError as error:
+            reason = error.read().decode() if isinstance(error, urllib.error.HTTPError) else error
+            raise LaunchError(f"a first request failed: {reason}; see {self._logs}") from error
         tokens = answer["usage"]["completion_tokens"]
         say(f"a first request was answered with {tokens} tokens in {time.monotonic() - began:.2f} s")
 
+    def _healthy(self, health: Any) -> bool:
+        return bool(health["status"] == "healthy" and health["instances"]["engine"] >= self._args.engines)
+
+    def _health(self) -> Any:
+        try:
+            return self._get("/health")
+        except urllib.error.HTTPError as error:
+            return json.load(error)
+        except OSError as error:  # the frontend died and is being started again
+            return {"status": str(error)}
+
     def _get(self, path: str, body: object = None) -> Any:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self._args.port}{path}",
+            f"{self._address}{path}",
             data=json.dumps(body).encode() if body else None,
             headers={"content-type": "application/json"},
         )
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            if path == "/health":
-                return json.load(error)
-            raise
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
 
     def _report(self) -> None:
-        address = f"http://127.0.0.1:{self._args.port}"
+        address = self._address
         question = "What does the router do, and how does it know which worker has my prompt cached?"
         body = {
             "model": self._model,
@@ -324,6 +358,7 @@ class Launcher:
             seconds = 0 if self._hurry else STOP_SECONDS
             await asyncio.gather(*(part.stop(seconds) for part in parts))
         if self._parts:
+            shutil.rmtree(self._data, ignore_errors=True)
             say("everything has ended")
 
 
@@ -343,30 +378,46 @@ def find(program: str) -> str:
     return found
 
 
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
+def claim(port: int, host: str = "127.0.0.1") -> socket.socket:
+    """Take a port that nobody listens on. Until the socket that comes back is closed, no other launch gets it, not even
+    while the server that this one runs there is down. Raises OSError."""
+    socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    name = socket.socket(socket.AF_UNIX)
+    try:
+        name.bind(f"\0inference-port-{port}")
+    except OSError:
+        name.close()
+        raise
+    return name
 
 
-def check_free(port: int, advice: str) -> None:
-    if not is_free(port):
-        raise LaunchError(f"port {port} is in use; {advice}")
-
-
-def prefer_port(port: int) -> int:
-    """`port` if it is free, else one that is."""
-    if is_free(port):
+def any_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
         return port
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free: int = probe.getsockname()[1]
-    say(f"port {port} is in use; taking {free}")
-    return free
+
+
+def address_of(host: str, port: int) -> str:
+    """Where this machine reaches a server that listens on `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def reach(name: str, variable: str, default_port: int) -> None:
+    """Return once a server of the environment's `variable`, comma-separated URLs, accepts connections."""
+    addresses = os.environ[variable]
+    say(f"using {name} at {addresses}")
+    deadline = time.monotonic() + REACH_SECONDS
+    while True:
+        for address in addresses.split(","):
+            url = urlsplit(address.strip() if "//" in address else f"//{address.strip()}")
+            with suppress(OSError):
+                _, writer = await asyncio.open_connection(url.hostname, url.port or default_port)
+                writer.close()
+                return
+        if time.monotonic() > deadline:
+            raise LaunchError(f"no {name} answers at {addresses}; start it, or unset {variable} to have one started")
+        await asyncio.sleep(0.5)
 
 
 def count_gpus() -> int:
@@ -377,11 +428,22 @@ def count_gpus() -> int:
     return listing.count("GPU ")
 
 
+def number(most: int) -> Callable[[str], int]:
+    """For argparse: a whole number from 1 to `most`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to {most}")
+        return int(text)
+
+    return parse
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--engines", type=int, default=2, help="number of engines (default: 2)")
+    parser.add_argument("--engines", type=number(1000), default=2, help="number of engines (default: 2)")
     parser.add_argument(
         "--model", help="folder of the model, or its name on the Hugging Face hub (default: a tiny one)"
     )
@@ -393,8 +455,8 @@ def arguments() -> argparse.ArgumentParser:
         default="kv",
         help="how the router chooses; dynamo: with its own KvRouter (default: kv)",
     )
-    parser.add_argument("--block-size", type=int, default=16, help="tokens in a KV block (default: 16)")
-    parser.add_argument("--port", type=int, default=8000, help="HTTP port (default: 8000)")
+    parser.add_argument("--block-size", type=number(2**16), default=16, help="tokens in a KV block (default: 16)")
+    parser.add_argument("--port", type=number(2**16 - 1), default=8000, help="HTTP port (default: 8000)")
     parser.add_argument("--host", default="127.0.0.1", help="HTTP address; 0.0.0.0 for all (default: 127.0.0.1)")
     parser.epilog = "All other options go to every engine: see `.venv/bin/python engine.py --help`."
     return parser
@@ -402,13 +464,10 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args, extra = arguments().parse_known_args()
-    if args.engines < 1:
-        raise SystemExit("launch: --engines must be at least 1")
-    with tempfile.TemporaryDirectory(prefix="inference-") as data:
-        try:
-            asyncio.run(Launcher(args, extra, Path(data)).run())
-        except LaunchError as error:
-            raise SystemExit(f"launch: {error}") from error
+    try:
+        asyncio.run(Launcher(args, extra).run())
+    except LaunchError as error:
+        raise SystemExit(f"launch: {error}") from error
 
 
 if __name__ == "__main__":

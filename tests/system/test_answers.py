@@ -216,6 +216,13 @@ class TestErrors:
             (b'{"model": "m"}', 400, "messages: Field required"),
             (b'{"model": "m", "messages": [{"role": "user", "content": "x"}]}', 404, "serves 'random-llama'"),
             (b"[" * 100_000, 400, ""),
+            (b'{"x": ' * 2000 + b"1" + b"}" * 2000, 400, "levels deep"),
+            (
+                b'{"model": "m", "messages": [{"role": "user", "content": "x", "y": 1%s}]}' % (b"0" * 400),
+                400,
+                "64 bits",
+            ),
+            (b'{"model": "%s", "messages": [{"role": "user", "content": "x"}]}' % (b"m" * 20_000), 404, "mmm"),
         ],
     )
     def test_bad_bodies(self, pipeline: Pipeline, body: bytes, status: int, says: str) -> None:
@@ -223,6 +230,18 @@ class TestErrors:
             response = client.post("/v1/chat/completions", content=body)
         assert response.status_code == status
         assert says in response.json()["error"]["message"]
+        assert response.headers["x-request-id"]
+
+    def test_a_body_that_is_not_encoded_as_it_says(self, pipeline: Pipeline) -> None:
+        with pipeline.client() as client:
+            response = client.post("/v1/chat/completions", content=b"{}", headers={"content-encoding": "gzip"})
+        assert response.status_code == 400
+        assert "content-encoding" in response.json()["error"]["message"]
+
+    def test_an_expectation_that_nobody_knows(self, pipeline: Pipeline) -> None:
+        with pipeline.client() as client:
+            response = client.get("/live", headers={"expect": "wonders"})
+        assert response.status_code == 417
         assert response.headers["x-request-id"]
 
     @pytest.mark.parametrize("streamed", [False, True])

@@ -2,11 +2,13 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from scripts.launch import claim
 from tests.system.conftest import REPOSITORY, Process, free_ports, until
 
 import httpx
@@ -17,16 +19,21 @@ import pytest
 class Launch(Process):
     """launch.sh on a free port."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, **env: str) -> None:
         self.port = free_ports(1)[0]
         command = ["./launch.sh", "--backend", "mocker", "--port", str(self.port), *options]
-        super().__init__(command, folder / "launch.log", {})
+        super().__init__(command, folder / "launch.log", env)
 
     def parts(self) -> list[psutil.Process]:
         return psutil.Process(self.popen.pid).children(recursive=True)
 
     def part(self, program: str) -> psutil.Process:
-        return next(part for part in self.parts() if any(word.endswith(f"{program}.py") for word in part.cmdline()))
+        names = (program, f"{program}.py")
+        return next(part for part in self.parts() if any(word.endswith(names) for word in part.cmdline()[:2]))
+
+    @property
+    def data(self) -> Path:
+        return REPOSITORY / "logs" / str(self.port) / "data"
 
     def health(self) -> str:
         try:
@@ -76,12 +83,92 @@ def test_ends_everything_in_order(launch: Launch, number: signal.Signals) -> Non
     gone(parts)
     assert "is killed" not in launch.text
     assert "everything has ended" in launch.text
+    assert not launch.data.exists()
 
 
 def test_killed_hard_it_leaves_nothing_behind(launch: Launch) -> None:
     parts = launch.parts()
     launch.signal(signal.SIGKILL)
     gone(parts)
+
+
+def test_killed_hard_while_sglang_loads_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, "--engines", "1", "--backend", "sglang")
+    try:
+        until(
+            lambda: sum("spawn_main" in " ".join(part.cmdline()) for part in launch.parts()) > 1, "SGLang's processes"
+        )
+        parts = launch.parts()
+        launch.signal(signal.SIGKILL)
+        gone(parts)
+    finally:
+        launch.close()
+        shutil.rmtree(launch.data, ignore_errors=True)
+
+
+def test_what_a_killed_launch_left_is_cleaned_up(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, "--engines", "1")
+    try:
+        (launch.data / "etcd").mkdir(parents=True)
+        (launch.data / "etcd" / "left").touch()
+        launch.wait_for("etcd is ready")
+        assert not (launch.data / "etcd" / "left").exists()
+    finally:
+        launch.close()
+        shutil.rmtree(launch.data)
+
+
+def test_a_part_that_dies_during_the_start_is_said_and_started_again(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, "--engines", "1")
+    try:
+        launch.wait_for("etcd is ready").wait_for("nats is ready")
+        launch.part("nats-server").kill()
+        launch.wait_for("nats died (SIGKILL)").wait_for("nats is ready", 2)
+        launch.wait_for("Ctrl-C ends it")
+    finally:
+        launch.close()
+
+
+def test_a_port_is_kept_while_what_listens_there_is_down(launch: Launch, tmp_path: Path) -> None:
+    """Else the programs of one launch would find the servers of another."""
+    etcd = re.search(r"ETCD_ENDPOINTS=http://127.0.0.1:(\d+)", launch.text)
+    assert etcd
+    port = int(etcd.group(1))
+    launch.part("etcd").kill()
+    launch.wait_for("etcd died")
+    with pytest.raises(OSError):
+        claim(port)
+
+
+def test_on_another_address(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, "--engines", "1", "--host", "127.0.0.2")
+    try:
+        launch.wait_for("Ctrl-C ends it")
+        assert httpx.get(f"http://127.0.0.2:{launch.port}/health").json()["status"] == "healthy"
+        assert f"the pipeline is up at http://127.0.0.2:{launch.port}" in launch.text
+    finally:
+        launch.close()
+
+
+@pytest.mark.parametrize("variable", ["NATS_SERVER", "ETCD_ENDPOINTS"])
+def test_a_server_that_does_not_answer_is_said(tmp_path: Path, variable: str) -> None:
+    launch = Launch(tmp_path, **{variable: "http://127.0.0.1:1"})
+    try:
+        assert launch.exit_code() == 1
+        assert f"answers at http://127.0.0.1:1; start it, or unset {variable}" in launch.text
+        assert "Traceback" not in launch.text
+    finally:
+        launch.close()
+
+
+@pytest.mark.parametrize(
+    "option", [("--port", "0"), ("--port", "99999"), ("--block-size", "0"), ("--engines", "0"), ("--engines", "x")]
+)
+def test_a_number_that_makes_no_sense_is_said(option: tuple[str, str]) -> None:
+    done = subprocess.run(["./launch.sh", *option], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"argument {option[0]}: {option[1]} is not a number from 1 to" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_part_that_dies_is_started_again(launch: Launch) -> None:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from tests.system.conftest import REPOSITORY, Pipeline, Process, until
 
+import httpx
 import pytest
 
 PROGRAMS = ("engine", "router", "processor", "frontend")
@@ -115,6 +117,89 @@ def test_a_second_signal_does_not_wait(bare: Pipeline, running: dict[str, Proces
         running["processor"].signal(signal.SIGTERM)
         running["processor"].exit_code()
         assert answer.result().status_code == 503
+
+
+def test_what_a_worker_does_not_say_is_not_made_up(bare: Pipeline, running: dict[str, Process]) -> None:
+    """The simulated engine does not report what it had cached."""
+    usage = bare.ask(max_tokens=1).json()["usage"]
+    assert usage["completion_tokens"] == 1
+    assert usage["prompt_tokens_details"] is None
+    running["frontend"].wait_for("completion_tokens=1")
+    assert "cached_tokens" not in running["frontend"].text
+
+
+def test_a_client_that_hangs_up_is_no_fault(bare: Pipeline, running: dict[str, Process]) -> None:
+    with bare.client() as client, pytest.raises(httpx.ReadTimeout):
+        body = {"model": bare.model, "messages": [{"role": "user", "content": "Hello!"}]}
+        client.post("/v1/chat/completions", json=body, timeout=1)
+    running["frontend"].wait_for("status=499")
+    assert bare.ask(max_tokens=1).status_code == 200
+    for process in running.values():
+        assert "Traceback" not in process.text
+        assert "\x1b" not in process.text
+
+
+class TestDrainLimit:
+    """A stream that would go on for a minute, and a frontend that is told to leave."""
+
+    LEAVES = 30.0  # seconds: much more than any --drain-seconds here, much less than the stream takes
+
+    def leave(self, bare: Pipeline, frontend: Process, signals: int) -> str:
+        """What a client reads of its stream when the frontend gets signals."""
+        body = {"model": bare.model, "messages": [{"role": "user", "content": "Hello!"}], "stream": True}
+        with bare.client() as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()
+            read = [next(lines)]
+            for _ in range(signals):
+                frontend.signal()
+                threading.Event().wait(0.5)
+            read += lines
+        assert frontend.popen.wait(self.LEAVES) == 0
+        return "\n".join(read)
+
+    def test_a_stream_is_cut_off_with_an_error(self, bare: Pipeline) -> None:
+        for program in ("engine", "router", "processor"):
+            start(bare, program)
+        frontend = bare.start("frontend", "--drain-seconds", "1")
+        bare.wait_for_instances(processor=1, router=1, engine=1)
+        text = self.leave(bare, frontend, signals=1)
+        assert "this server is being stopped" in text.rstrip().splitlines()[-1], text[-600:]
+        assert "[DONE]" not in text
+
+    def test_a_second_signal_does_not_wait(self, bare: Pipeline, running: dict[str, Process]) -> None:
+        assert "this server is being stopped" in self.leave(bare, running["frontend"], signals=2)
+
+    def test_half_a_request_does_not_hold_it_up(self, bare: Pipeline) -> None:
+        frontend = bare.start("frontend", "--drain-seconds", "1").wait_for("listening on")
+        with socket.create_connection(("127.0.0.1", bare.port)) as connection:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+            threading.Event().wait(0.5)
+            frontend.signal()
+            assert frontend.popen.wait(self.LEAVES) == 0
+
+    def test_a_processor_cuts_its_work_off_too(self, bare: Pipeline) -> None:
+        for program in ("engine", "router", "frontend"):
+            start(bare, program)
+        processor = bare.start("processor", "--drain-seconds", "1")
+        bare.wait_for_instances(processor=1, router=1, engine=1)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(bare.ask, max_tokens=5000)
+            threading.Event().wait(0.5)
+            processor.signal()
+            assert answer.result().status_code == 503
+        assert processor.popen.wait(self.LEAVES) == 0
+
+
+def test_a_processor_that_died_takes_no_more_requests(bare: Pipeline, running: dict[str, Process]) -> None:
+    """For seconds etcd still lists it, and every now and then the runtime tries it again."""
+    start(bare, "processor", name="spare").wait_for("serving inference.processor.process")
+    bare.wait_for_instances(processor=2)
+    running["processor"].signal(signal.SIGKILL)
+    running["processor"].exit_code()
+    statuses = set()
+    while bare.instances()["processor"] == 2:
+        statuses.add(bare.ask(max_tokens=1).status_code)
+    assert statuses == {200}
 
 
 def test_a_router_that_is_restarted_under_load_fails_no_request(bare: Pipeline, running: dict[str, Process]) -> None:

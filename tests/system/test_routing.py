@@ -174,17 +174,6 @@ def test_workers_that_do_not_fit_are_refused_and_shown(mockers: Pipeline, tmp_pa
     assert {mockers.ask(f"{n}").headers["x-worker-id"] for n in range(12)} <= {"0", "1", "2"}
 
 
-def test_a_processor_that_does_not_fit_is_told_so(mockers: Pipeline) -> None:
-    port = mockers.port
-    mockers.start("processor", "--block-size", "32", name="processor-32")
-    mockers.wait_for_instances(processor=2)
-    answers = [mockers.ask(f"{number}") for number in range(4)]
-    assert port == mockers.port
-    assert sorted({answer.status_code for answer in answers}) == [200, 400]
-    (message,) = {answer.json()["error"]["message"] for answer in answers if answer.status_code == 400}
-    assert "the router refuses this processor: its KV blocks have 32 tokens" in message
-
-
 def test_a_router_says_what_it_knows_and_why_it_chooses(mockers: Pipeline) -> None:
     prompt = "tell me of the workers, " * 20
     overlaps(mockers, [prompt, prompt])

@@ -12,6 +12,7 @@ import pytest
         NotFound("x"),
         Unavailable("Ünïcode"),
         Internal(""),
+        InvalidRequest("x" * 500, param="y" * 100),
     ],
 )
 def test_a_pipeline_error_survives_any_number_of_hops(error: PipelineError) -> None:
@@ -21,6 +22,18 @@ def test_a_pipeline_error_survives_any_number_of_hops(error: PipelineError) -> N
     again = from_exception(ValueError(text))
     assert type(again) is type(error)
     assert (again.message, again.param, again.code) == (error.message, error.param, error.code)
+
+
+@pytest.mark.parametrize("letter", ["x", "\x01", "日", "😀"])
+def test_a_long_one_is_shortened_to_what_the_runtime_carries(letter: str) -> None:
+    error = InvalidRequest(letter * 100_000, param=letter * 100_000)
+    assert len(str(error).encode()) < 4096 - 200
+    again = from_exception(ValueError(f"Internal: ValueError: {error}"))
+    assert (type(again), again.message, again.param) == (InvalidRequest, error.message, error.param)
+
+
+def test_one_that_was_cut_on_the_way_is_still_an_error() -> None:
+    assert type(from_exception(ValueError(str(NotFound("x" * 100))[:60]))) is Internal
 
 
 @pytest.mark.parametrize(

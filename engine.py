@@ -23,6 +23,7 @@ from common import (
 from common.messages import DescribeRequest, GenerateRequest, SnapshotRequest, WorkerInfo
 from common.model import add_options
 from common.own_cache import OwnCache
+from common.ports import here
 from common.program import Program, parser, run
 
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
@@ -71,7 +72,7 @@ def announce(program: Program, info: WorkerInfo) -> None:
     async def describe(request: DescribeRequest, context: Context) -> AsyncIterator[WorkerInfo]:
         yield info
 
-    cache = OwnCache(info.kv_events, info.kv_replay)
+    cache = OwnCache(here(info.kv_events), here(info.kv_replay))
     program.background(cache.follow())
     program.add("inference.engine.cache", cache.snapshot, SnapshotRequest)
     program.add("inference.engine.describe", describe, DescribeRequest)

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 IDLE_SECONDS = 1.0  # after this long without events, ask whether the last ones were lost
 REPLAY_SECONDS = 1.0  # a worker that does not answer a replay request for so long will not
 REPLAY_ATTEMPTS = 3  # the answer can lose messages too
+SILENT_ATTEMPTS = 5  # without any answer, and nothing is known of the worker any more
 END_OF_REPLAY = -1
 
 _UNSIGNED = 2**64
@@ -53,7 +54,7 @@ class Update:
 
     sequence: int
     changes: list[Change]
-    lag: float  # seconds from the worker's clock to ours; 0 for a snapshot
+    lag: float | None  # seconds from the worker's clock to ours; None for a snapshot, which is no event
 
 
 class Lost:
@@ -69,6 +70,7 @@ class KvEventStream:
         self._replay = replay
         self._snapshot = snapshot
         self._next = 0  # the sequence number of the next batch to give out
+        self._silent = 0  # attempts in a row that had no answer
         self._decoder = msgspec.msgpack.Decoder(KvEventBatch)
         self.up_to_date = False  # whether all is given out that was there at the beginning
 
@@ -89,7 +91,7 @@ class KvEventStream:
             self.up_to_date = True
             while True:
                 if not await live.poll(IDLE_SECONDS * 1000):
-                    async for item in self._catch_up(replay):
+                    async for item in self._check(replay):
                         yield item
                     continue
                 _, number, payload = await live.recv_multipart()
@@ -99,6 +101,17 @@ class KvEventStream:
                         yield item
                 elif sequence == self._next:
                     yield self._take(sequence, payload)
+
+    async def _check(self, replay: zmq.asyncio.Socket) -> AsyncIterator[Update | Lost]:
+        """Nothing came for a while: yield what was missed, or that nothing is known of the worker any more."""
+        before = self._silent
+        async for item in self._catch_up(replay):
+            yield item
+        if before < SILENT_ATTEMPTS <= self._silent:
+            yield Lost()
+        elif before >= SILENT_ATTEMPTS > self._silent and self._snapshot:
+            async for item in self._start_over(self._snapshot):
+                yield item
 
     async def _catch_up(
         self, replay: zmq.asyncio.Socket, came: tuple[int, bytes] | None = None
@@ -132,9 +145,12 @@ class KvEventStream:
             number, payload = (await replay.recv_multipart())[-2:]  # SGLang from 0.5.23 on puts the topic before them
             sequence = int.from_bytes(number, "big", signed=True)
             if sequence == END_OF_REPLAY:
+                self._silent = 0
                 return batches
             batches[sequence] = payload
-        log.warning("%s does not answer", self._replay)
+        self._silent += 1
+        if self._silent in (1, SILENT_ATTEMPTS):
+            log.warning("%s does not answer", self._replay)
         return batches
 
     async def _start_over(self, snapshot: Snapshot) -> AsyncIterator[Update | Lost]:
@@ -143,7 +159,7 @@ class KvEventStream:
         try:
             async for part in snapshot():
                 self._next = part.sequence + 1
-                yield Update(part.sequence, list(part.chains), lag=0.0)
+                yield Update(part.sequence, list(part.chains), lag=None)
         except PipelineError as error:
             log.warning("%s: no snapshot of the cache, so only new blocks will be known: %s", self._events, error)
             self._snapshot = None

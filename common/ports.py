@@ -5,6 +5,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 
+def here(address: str) -> str:
+    """How a process reaches its own socket, whatever address it tells others ("tcp://host:port")."""
+    return f"tcp://127.0.0.1:{address.rpartition(':')[2]}"
+
+
 @contextmanager
 def reserved(count: int) -> Iterator[list[int]]:
     """`count` free ports, given to nobody else while the block runs.

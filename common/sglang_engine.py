@@ -14,7 +14,7 @@ from common.errors import Internal, InvalidRequest, Overloaded
 from common.kv_events import load_stats
 from common.messages import EngineOutput, GenerateRequest, PromptTokensDetails, SamplingOptions, Usage, WorkerInfo
 from common.model import locate, served_name, tokenizer_fingerprint
-from common.ports import reserved
+from common.ports import here, reserved
 
 from dynamo.llm import (
     KvEventPublisher,
@@ -126,12 +126,12 @@ class SglangEngine:
         metrics = WorkerMetricsPublisher()
         await metrics.create_endpoint(endpoint)
         relay = KvEventPublisher(
-            endpoint, kv_block_size=self.info.block_size, zmq_endpoint=self.info.kv_events, zmq_topic=TOPIC
+            endpoint, kv_block_size=self.info.block_size, zmq_endpoint=here(self.info.kv_events), zmq_topic=TOPIC
         )
         try:
             if register:
                 await self._register(endpoint)
-            async for stat in load_stats(self.info.load):
+            async for stat in load_stats(here(self.info.load)):
                 blocks = stat.used_tokens // self.info.block_size
                 metrics.publish(active_decode_blocks=blocks, kv_used_blocks=blocks)
         finally:

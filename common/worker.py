@@ -145,10 +145,10 @@ class Worker:
         """KV events came, or are lost."""
         if isinstance(item, Lost):
             self.lost += 1
-            return
-        self.events += 1
-        self.event_at = time.monotonic()
-        self.event_lag = item.lag
+        elif item.lag is not None:
+            self.events += 1
+            self.event_at = time.monotonic()
+            self.event_lag = item.lag
 
     def reported(self, stat: LoadStat) -> None:
         """Take in the worker's own account. What it has beyond our leases is work that others sent, and the tokens

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.messages import GenerateRequest, SamplingOptions, StopConditions
 from common.model import DEFAULT_MODEL
+from common.overlap_watch import REPEATS
 from common.policy import POLICIES
 from tests.system.conftest import Cluster, Pipeline, Process, until
 
@@ -172,6 +173,19 @@ def test_workers_that_do_not_fit_are_refused_and_shown(mockers: Pipeline, tmp_pa
     log = (mockers.folder / "router.log").read_text()
     assert log.count("ERROR") == log.count("refused worker") == 2
     assert {mockers.ask(f"{n}").headers["x-worker-id"] for n in range(12)} <= {"0", "1", "2"}
+
+
+def test_events_that_never_come_are_noticed(cluster: Cluster) -> None:
+    cluster.start("engine", "--backend", "mocker", "--worker-id", "far", "--host", "nowhere.invalid")
+    router = cluster.start("router")
+    for program in ("processor", "frontend"):
+        cluster.start(program)
+    cluster.wait_for_instances(processor=1, router=1, engine=1)
+    body = {"model": Pipeline.model, "messages": [{"role": "user", "content": "Again! " * 20}], "max_tokens": 1}
+    with cluster.client() as client:
+        for _ in range(REPEATS + 2):
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+    router.wait_for("no KV event has come from worker far: is tcp://nowhere.invalid")
 
 
 def test_a_router_says_what_it_knows_and_why_it_chooses(mockers: Pipeline) -> None:

@@ -5,6 +5,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import aclosing
 
+from common import kv_events
 from common.errors import Unavailable
 from common.kv_events import KvEventStream, Lost, RemovedBlocks, Snapshot, Update
 from common.messages import (
@@ -38,6 +39,7 @@ class Publisher:
             f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}" for socket in (self._live, self._replay)
         )
         self._keeps = keeps
+        self.answers = True
         self.events: list[BlockStored | BlockRemoved | AllBlocksCleared] = [AllBlocksCleared()]
         self._sent: list[tuple[int, bytes]] = []
         self.next = 0
@@ -57,6 +59,8 @@ class Publisher:
     async def _answer(self) -> None:
         while True:
             client, _, start = await self._replay.recv_multipart()
+            if not self.answers:
+                continue
             for number, payload in self._sent:
                 if number >= int.from_bytes(start, "big"):
                     await self._replay.send_multipart([client, b"", number.to_bytes(8, "big"), payload])
@@ -260,6 +264,22 @@ def equal(index: PrefixIndex, cache: Collection[tuple[int, ...]]) -> bool:
     """Whether the index has just these prefixes of tokens."""
     names = {name for chain in index.chains(1) for name in chain.names}
     return names == {hash(prefix) % 2**64 for prefix in cache} and index.blocks(1) == len(names)
+
+
+def test_of_a_worker_that_no_longer_answers_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"IDLE_SECONDS": 0.05, "REPLAY_SECONDS": 0.05, "SILENT_ATTEMPTS": 3}.items():
+        monkeypatch.setattr(kv_events, name, value)
+
+    async def scenario(publisher: Publisher, reader: Reader) -> None:
+        await publisher.send()
+        assert await reader.read(3) == ["lost", 0, 0]
+        publisher.answers = False
+        assert await reader.read(1) == ["lost"]
+        await publisher.send(lost=True)
+        publisher.answers = True
+        assert (await reader.read(4))[-3:] == ["lost", 1, 1]
+
+    play(scenario, snapshot=snapshots)
 
 
 @pytest.mark.parametrize("seed", range(4))

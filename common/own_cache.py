@@ -1,5 +1,6 @@
 """A worker's account of its own KV cache, for routers that come late or have lost events."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 
 from common.kv_events import KvEventStream, Update
@@ -28,8 +29,10 @@ class OwnCache:
                 self._sequence = item.sequence
 
     async def snapshot(self, request: SnapshotRequest, context: Context) -> AsyncIterator[CacheSnapshot]:
-        """Yield the whole account, as it is now, in parts; parents come before their children."""
-        sequence, chains = self._sequence, self._index.chains(_SELF)
+        """Yield the whole account in parts; parents come before their children. What changes meanwhile may be in it
+        or not: who goes on from `sequence` gets it again, and no event does harm twice."""
+        sequence = self._sequence
+        chains = await asyncio.to_thread(self._index.chains, _SELF)
         part: list[StoredBlocks] = []
         for chain in _pieces(chains):
             if part and sum(len(one.names) for one in part) + len(chain.names) > PART_BLOCKS:

@@ -129,6 +129,14 @@ def test_two_routers_do_not_herd(mockers: Pipeline) -> None:
     assert max(counts.values()) < 1.35 * 240 / 3
 
 
+def test_a_burst_of_siblings_computes_its_prefix_once(mockers: Pipeline) -> None:
+    prefix = "all of them begin with this, " * 300
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        ask = lambda number: mockers.ask(f"{prefix} and ask {number}", max_tokens=40)  # noqa: E731
+        workers = [response.headers["x-worker-id"] for response in pool.map(ask, range(12))]
+    assert len(set(workers)) == 1
+
+
 def test_work_that_somebody_else_gave_a_worker_is_seen(mockers: Pipeline) -> None:
     request = GenerateRequest(
         token_ids=list(range(300, 1500)),

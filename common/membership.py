@@ -4,7 +4,6 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import suppress
 
 from common.errors import PipelineError
 from common.fleet import Fleet
@@ -40,7 +39,7 @@ class Membership:
         self._describe = describe
         self._cache = cache
         self._streams: dict[int, KvEventStream] = {}
-        self._settled = asyncio.Event()
+        self._settled = False
 
     @classmethod
     async def connect(cls, runtime: DistributedRuntime, fleet: Fleet, agreement: Agreement) -> "Membership":
@@ -53,10 +52,17 @@ class Membership:
     async def settled(self) -> None:
         """Return at once, unless the first workers are just being taken in: a router that has just started decides as
         well as one that has run for long."""
-        if not self._settled.is_set() and self.engines.instance_ids():
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._settled.wait(), SETTLE_SECONDS)
-            self._settled.set()
+        now = asyncio.get_running_loop().time
+        deadline = now() + SETTLE_SECONDS
+        while not self._is_settled() and now() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+        self._settled = True
+
+    def _is_settled(self) -> bool:
+        registered = self.engines.instance_ids()
+        if all(map(self._is_known, registered)):
+            return bool(registered) or self._settled
+        return self._settled and bool(self._fleet.workers)
 
     async def follow(self) -> None:
         """Learn of engines that join, forget those that leave. Runs until cancelled."""
@@ -69,8 +75,6 @@ class Membership:
                 following.pop(instance_id).cancel()
                 self._streams.pop(instance_id, None)
                 self._fleet.forget(instance_id)
-            if registered and all(map(self._is_known, registered)):
-                self._settled.set()
             await asyncio.sleep(POLL_SECONDS)
 
     async def _follow(self, instance_id: int) -> None:

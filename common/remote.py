@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 RETRY_SECONDS = 0.1
+ATTEMPTS = 4  # that nobody answers use up the patience
 
 
 class Remote(Generic[Item]):
@@ -90,20 +91,22 @@ class Remote(Generic[Item]):
         """Send `request`, hand out the first message of the answer, and keep the stream open for as long as the block
         runs: the other side sees when it ends, however it ends.
 
-        patience: seconds to go on asking while nobody can be reached; a program that was restarted is back by then.
+        patience: seconds to go on asking while nobody answers: a program that was restarted is back by then. One that
+        was killed with our request in its hands never answers, so each attempt gets a part of it.
         """
         now = asyncio.get_running_loop().time
         deadline = now() + patience
         while True:
+            began = now()
             context = Context(uuid.uuid4().hex)
             items = self.stream(request, context, instance_id)
             try:
                 try:
-                    first = await anext(items)
+                    first = await self._within(patience / ATTEMPTS, anext(items))
                 except StopAsyncIteration:
                     raise Internal(f"{self.path} answered nothing") from None
                 except Unavailable as error:
-                    if error.code or now() > deadline:  # with a code, somebody was reached and said so
+                    if error.code or began >= deadline:  # with a code, somebody was reached and said so
                         raise
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
@@ -112,6 +115,14 @@ class Remote(Generic[Item]):
             finally:
                 context.stop_generating()
                 await items.aclose()
+
+    async def _within(self, seconds: float, answer: Awaitable[Item]) -> Item:
+        """Wait for an answer for so long; 0 is for ever. Raises Unavailable if it does not come."""
+        try:
+            async with asyncio.timeout(seconds or None):
+                return await answer
+        except TimeoutError:
+            raise Unavailable(f"{self.path} does not answer") from None
 
     def _decode(self, item: object) -> Item:
         try:

@@ -162,5 +162,6 @@ class Worker:
         explained = self._leased + sum(blocks for _, blocks in self._ended)
         waiting = stat.waiting_prefill_tokens / self._block_size
         used = stat.used_tokens / self._block_size
-        self._other_prefill = max(waiting - self._unfinished, 0.0)
+        beyond = max(waiting + used - explained, 0.0)
+        self._other_prefill = min(max(waiting - self._unfinished, 0.0), beyond)
         self._other_decode = max(used - explained, 0.0)

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from common.errors import Cancelled, InvalidRequest, PipelineError, Unavailable
-from common.remote import Remote
+from common.remote import ATTEMPTS, Remote
 
 import pytest
 from dynamo.runtime import Context
@@ -26,6 +26,8 @@ class Instances:
 
     async def direct(self, body: object, instance_id: int, annotated: bool, context: Context) -> AsyncIterator[object]:
         self.sent += 1
+        if self._errors[instance_id] == SILENT:
+            await asyncio.Event().wait()
         if error := self._errors[instance_id]:
             raise Exception(error)
         return self._answer(context)
@@ -36,6 +38,7 @@ class Instances:
             yield "second"
 
 
+SILENT = "it has the request and will never answer"
 DEAD = "Unavailable: NATS request to inference_processor.process-1 failed"
 
 
@@ -76,3 +79,21 @@ def test_what_is_for_one_instance_goes_to_no_other() -> None:
 def test_an_answer_that_was_stopped_is_not_taken_for_a_complete_one() -> None:
     with pytest.raises(Cancelled):
         ask(Instances(None), stop=True)
+
+
+def first(instances: Any, patience: float) -> str:
+    async def opened() -> str:
+        async with Remote("a.b.c", instances, str).open({}, patience=patience) as item:
+            return item
+
+    return asyncio.run(opened())
+
+
+def test_one_that_never_answers_is_left_for_another() -> None:
+    assert first(Instances(SILENT, None), patience=0.1) == "first"
+
+
+def test_patience_ends() -> None:
+    with pytest.raises(Unavailable, match="does not answer"):
+        first(instances := Instances(SILENT), patience=0.2)
+    assert 1 < instances.sent <= ATTEMPTS + 1

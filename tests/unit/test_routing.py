@@ -162,6 +162,20 @@ class TestWorker:
         worker.reported(LoadStat(running_requests=1, waiting_requests=0, used_tokens=10 * BLOCK, total_tokens=999))
         assert worker.decode_blocks == 0
 
+    def test_a_prompt_that_waits_with_all_its_blocks_cached_is_still_ours(self) -> None:
+        worker = Worker(1, None, BLOCK)
+        with worker.lease(prompt(3, [7, 8, 9]), 0), worker.lease(prompt(3.5, [7, 8, 9]), 0, expected_blocks=3):
+            worker.stored(path([7, 8, 9]))
+            report = LoadStat(
+                running_requests=1,
+                waiting_requests=1,
+                used_tokens=3 * BLOCK,
+                total_tokens=999,
+                waiting_prefill_tokens=14,
+            )
+            worker.reported(report)
+            assert worker.prefill_blocks == 0
+
     def test_nothing_is_left_of_many_requests(self) -> None:
         worker, chance, open_leases = Worker(1, None, BLOCK), random.Random(2), list[ExitStack]()
         for _ in range(300):

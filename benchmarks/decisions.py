@@ -332,7 +332,7 @@ def main() -> None:
                 children = pipeline.process.children(recursive=True)
                 pid = next(child.pid for child in children if any(arg.endswith("router.py") for arg in child.cmdline()))
                 asked[policy] = measured(pipeline, "asked", policy, pid)
-                for size in tqdm(sizes if policy == "kv" else [], unit="size"):
+                for size in tqdm(sizes if policy == "kv" else [], unit="size", disable=None):
                     ours.append(Cost(**measured(pipeline, "ours", *size)))
                     dynamo.append(Cost(**measured(pipeline, "dynamo", *size)))
     print(tables(sizes, ours, dynamo, asked))

@@ -32,7 +32,7 @@ import uvloop
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 
 PATIENCE = 60.0
-PROMPTS = 160
+PROMPTS = 240
 PARTS = 3  # of a prompt; each prompt begins like others
 
 
@@ -43,7 +43,7 @@ class Follower:
         self.info = info
         self._engines = engines
         self._caches = caches
-        self._proxy = LossyProxy(info.kv_events, info.kv_replay, seed=info.instance_id % 1000)
+        self._proxy = LossyProxy(info.kv_events, info.kv_replay, seed=7, rate=0.25)
         self._index = PrefixIndex()
         self._removed = 0
 

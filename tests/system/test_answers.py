@@ -89,7 +89,7 @@ class TestBodies:
         assert last["usage"]["completion_tokens"] == 5
 
     def test_several_tokens_make_several_chunks(self, pipeline: Pipeline) -> None:
-        assert len(pipeline.stream("Count for me", max_tokens=32)) > 16
+        assert len(pipeline.stream("Count for me", max_tokens=32, ignore_eos=True)) > 16
 
 
 class TestOptions:

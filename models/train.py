@@ -1,0 +1,193 @@
+"""Trains the model on conversations of make_corpus.py: about an hour on two CPU cores, minutes on a GPU.
+
+    python models/train.py [FOLDER]
+
+It is a small Llama with a byte-level BPE of its own. What it learns is to answer: of the questions and system messages
+only some tokens count, just enough for it to know what they look like. Every conversation is new, so there are no
+epochs.
+"""
+
+import argparse
+import copy
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from make_corpus import Message, Texts, conversations
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+FOLDER = Path(__file__).parent / "pipeline-chat"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+VOCABULARY = 3072
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+STEPS = 20_000
+WARM_UP = 300  # steps
+BATCH = 1024  # tokens: at this size, small steps learn more from the same computation than large ones
+LEARNING_RATE = 3e-3
+QUESTION_SHARE = 0.1  # of the tokens of questions that count in the loss
+CUT_SHARE = 0.7  # of the conversations, that end with the beginning of an answer, which is the hard part
+CUT = 7  # tokens of that answer
+SORTED = 4096  # conversations at a time, so that those of a batch are of one length
+
+Batch = tuple[Tensor, Tensor]  # token ids, and which of them count in the loss
+
+
+def make_tokenizer(texts: Texts, seed: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that cuts numbers into digits, so that sums are about digits."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    sample = itertools.islice(conversations(texts, seed), 30_000)
+    tokenizer.train_from_iterator((message["content"] for messages in sample for message in messages), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=576,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        **ids,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.3, top_p=0.9, **ids)
+    return model
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, messages: list[Message], chance: Random) -> tuple[list[int], list[bool]]:
+    """A conversation's token ids, and which of them count in the loss."""
+    ids: list[int] = []
+    counts: list[bool] = []
+    begin = 0
+    for message in messages:
+        answered = message["role"] == "assistant"
+        for text, share in (
+            (f"<|im_start|>{message['role']}\n", QUESTION_SHARE),
+            (f"{message['content']}<|im_end|>", 1.0 if answered else QUESTION_SHARE),
+            ("\n", QUESTION_SHARE),
+        ):
+            if share == 1.0:
+                begin = len(ids)
+            tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+            ids += tokens
+            counts += [chance.random() < share for _ in tokens]
+    end = begin + CUT if chance.random() < CUT_SHARE else None
+    return ids[:end], counts[:end]
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, texts: Texts, seed: int) -> Iterator[Batch]:
+    """Batches without end."""
+    chance = Random(seed)
+    stream = conversations(texts, seed)
+    while True:
+        encoded = sorted((encode(tokenizer, next(stream), chance) for _ in range(SORTED)), key=lambda one: len(one[0]))
+        cut: list[Batch] = []
+        while encoded:
+            count = max(BATCH // len(encoded[-1][0]), 1)
+            encoded, rows = encoded[:-count], encoded[-count:]
+            cut.append((pad([ids for ids, _ in rows]), pad([counts for _, counts in rows])))
+        chance.shuffle(cut)
+        yield from cut
+
+
+def pad(rows: list[Any]) -> Tensor:
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+
+def loss_of(model: LlamaForCausalLM, ids: Tensor, counts: Tensor) -> Tensor:
+    # Causal, and padded at the end: no token sees the padding, so no mask is needed.
+    hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
+    counts = counts[:, 1:]
+    return nn.functional.cross_entropy(model.lm_head(hidden[counts]).float(), ids[:, 1:][counts])
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Up in a line, then down along a cosine, as a share of the highest."""
+    if step < WARM_UP:
+        return (step + 1) / WARM_UP
+    return 0.02 + 0.98 * (1 + math.cos(math.pi * (step - WARM_UP) / (steps - WARM_UP))) / 2
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    """In bfloat16, half the size; this model's answers do not notice."""
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+
+
+def train(model: LlamaForCausalLM, source: Iterator[Batch], steps: int, folder: Path) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
+    progress = tqdm(range(1, steps + 1), unit="step")
+    for step in progress:
+        ids, counts = (tensor.to(device) for tensor in next(source))
+        with torch.autocast(device, torch.bfloat16):
+            loss = loss_of(model, ids, counts)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}")
+        if step % 1000 == 0 or step == steps:
+            save(model, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    began = time.monotonic()
+    transformers.logging.disable_progress_bar()
+    texts = Texts()
+    tokenizer = make_tokenizer(texts, args.seed)
+    tokenizer.save_pretrained(args.folder)
+    model = make_model(tokenizer, args.seed)
+    print(f"{model.num_parameters() / 1e6:.2f} million parameters")
+    train(model, batches(tokenizer, texts, args.seed + 1), args.steps, args.folder)
+    minutes, cpu_minutes = (time.monotonic() - began) / 60, time.process_time() / 60
+    print(f"trained in {minutes:.0f} minutes ({cpu_minutes:.0f} of CPU); the model is in {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

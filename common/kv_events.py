@@ -175,7 +175,7 @@ class KvEventStream:
         self._next = sequence + 1
         try:
             batch = self._decoder.decode(payload)
-            changes = [change for event in batch.events if (change := _change(event))]
+            changes = list(map(_change, batch.events))
         except (msgspec.DecodeError, ValueError) as error:
             log.error("%s: events that this program does not know (%s) are lost", self._events, error)
             return Lost()

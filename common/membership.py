@@ -59,10 +59,10 @@ class Membership:
         self._settled = True
 
     def _is_settled(self) -> bool:
+        if self._settled and self._fleet.workers:
+            return True
         registered = self.engines.instance_ids()
-        if all(map(self._is_known, registered)):
-            return bool(registered) or self._settled
-        return self._settled and bool(self._fleet.workers)
+        return all(map(self._is_known, registered)) and (bool(registered) or self._settled)
 
     async def follow(self) -> None:
         """Learn of engines that join, forget those that leave. Runs until cancelled."""

@@ -33,12 +33,13 @@ class OwnCache:
         or not: who goes on from `sequence` gets it again, and no event does harm twice."""
         sequence = self._sequence
         chains = await asyncio.to_thread(self._index.chains, _SELF)
-        part: list[StoredBlocks] = []
+        part, blocks = list[StoredBlocks](), 0
         for chain in _pieces(chains):
-            if part and sum(len(one.names) for one in part) + len(chain.names) > PART_BLOCKS:
+            if blocks + len(chain.names) > PART_BLOCKS:
                 yield CacheSnapshot(sequence=sequence, chains=part)
-                part = []
+                part, blocks = [], 0
             part.append(chain)
+            blocks += len(chain.names)
         yield CacheSnapshot(sequence=sequence, chains=part)
 
 

@@ -114,6 +114,7 @@ class Worker:
 
     def _remove(self, lease: Lease) -> None:
         prompt, held = lease.prompt, self._held
+        self._forget_ended()
         self._ended.append((time.monotonic(), prompt.blocks))
         self.requests -= 1
         self._leased -= prompt.blocks
@@ -127,6 +128,10 @@ class Worker:
             waiting.remove(lease)
             if not waiting:
                 del self._prefilling[prompt.path[-1]]
+
+    def _forget_ended(self) -> None:
+        while self._ended and self._ended[0][0] < time.monotonic() - REPORT_SECONDS:
+            self._ended.popleft()
 
     def _prefill_done(self, lease: Lease) -> None:
         if not lease.prefilled.is_set():
@@ -157,8 +162,7 @@ class Worker:
         Workers differ in whether cached tokens of a waiting prompt are waiting, and shared ones held twice; and their
         reports come late. So only what our leases cannot explain in any of these ways counts.
         """
-        while self._ended and self._ended[0][0] < time.monotonic() - REPORT_SECONDS:
-            self._ended.popleft()
+        self._forget_ended()
         explained = self._leased + sum(blocks for _, blocks in self._ended)
         waiting = stat.waiting_prefill_tokens / self._block_size
         used = stat.used_tokens / self._block_size

@@ -1,6 +1,7 @@
 """The router's two pictures of a worker, its cache and its load."""
 
 import random
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -175,6 +176,14 @@ class TestWorker:
             )
             worker.reported(report)
             assert worker.prefill_blocks == 0
+
+    def test_a_worker_that_never_reports_does_not_gather_what_has_ended(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("common.worker.REPORT_SECONDS", 0.0)
+        worker = Worker(1, None, BLOCK)
+        for _ in range(100):
+            with worker.lease(prompt(3), 0):
+                time.sleep(0.0001)
+        assert len(worker._ended) < 5
 
     def test_nothing_is_left_of_many_requests(self) -> None:
         worker, chance, open_leases = Worker(1, None, BLOCK), random.Random(2), list[ExitStack]()

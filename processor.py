@@ -236,8 +236,9 @@ def _finish_reason(reason: str | dict[str, object]) -> str:
 
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
-    agreement = Agreement.of(args)
-    model = ChatModel(locate(args.model), agreement.model)
+    located = locate(args.model)
+    agreement = Agreement.of(located, args)
+    model = ChatModel(located, agreement.model)
     router = await Remote.connect(runtime, "inference.router.find_worker", RoutingDecision)
     engines = await Remote.connect(runtime, "inference.engine.generate", EngineOutput)
     processor = Processor(model, agreement, router, engines, send_tokens=args.send_tokens)

@@ -24,7 +24,7 @@ from common.fleet import Fleet
 from common.kv_router import DynamoPolicy
 from common.membership import Membership
 from common.messages import FindWorkerRequest, RouterStatus, RoutingDecision, WorkerCost, WorkersRequest
-from common.model import Agreement, add_options
+from common.model import Agreement, add_options, locate
 from common.overlap_watch import OverlapWatch
 from common.policy import POLICIES, Candidate, Weights, choose, kv
 from common.prefix_index import path
@@ -124,7 +124,7 @@ def decision(best: Candidate, reasons: Sequence[Candidate] = ()) -> RoutingDecis
 
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
-    agreement = Agreement.of(args)
+    agreement = Agreement.of(locate(args.model), args)
     weights = Weights(**{field.name: getattr(args, field.name) for field in fields(Weights)})
     fleet = Fleet()
     membership = await Membership.connect(runtime, fleet, agreement)

@@ -28,10 +28,11 @@ from benchmarks.replay import Planned, WrongLength, ask, replay, session
 from benchmarks.trace import TraceRequest, read, shareable
 from benchmarks.work import Observer, Work
 from common.model import ChatModel, locate
+from common.policy import POLICIES
 
 from tqdm import tqdm
 
-POLICIES = ("round-robin", "random", "least-loaded", "kv", "dynamo")
+RUN = (*reversed(POLICIES), "dynamo")  # the policies, the reference last
 TRACE = Path(__file__).parent / "traces" / "conversation.jsonl.gz"
 WARM_UPS = 3  # for each engine, so that also a blind policy has shown the prompt to most of them
 FULL = {
@@ -40,7 +41,7 @@ FULL = {
     "speedup": [6.5],
     "scale": 1.0,
     "answer_scale": 0.1,
-    "policies": POLICIES,
+    "policies": RUN,
 }
 SHORT = FULL | {"engines": 6, "requests": 400, "speedup": [10.0], "scale": 0.5, "policies": ("round-robin", "kv")}
 
@@ -209,8 +210,8 @@ def factor(text: str) -> float:
 
 def policies(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    if unknown := set(names) - set(POLICIES):
-        raise argparse.ArgumentTypeError(f"no such policy: {', '.join(unknown)}; there are {', '.join(POLICIES)}")
+    if unknown := set(names) - set(RUN):
+        raise argparse.ArgumentTypeError(f"no such policy: {', '.join(unknown)}; there are {', '.join(RUN)}")
     return names
 
 

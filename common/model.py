@@ -86,9 +86,8 @@ class Agreement:
     block_size: int  # tokens in a KV block
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> "Agreement":
-        """What the options of `add_options` say."""
-        located = locate(args.model)
+    def of(cls, located: str, args: argparse.Namespace) -> "Agreement":
+        """What the options of `add_options` say, and the model that they name."""
         return cls(served_name(located, args.model_name), tokenizer_fingerprint(located), args.block_size)
 
     def misfit(self, other: "Agreement") -> str | None:

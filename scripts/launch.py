@@ -449,12 +449,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model-name", help="what clients call it (default: the folder's or hub's name)")
     parser.add_argument("--backend", choices=["sglang", "mocker"], default="sglang", help="mocker: simulated engines")
-    parser.add_argument(
-        "--policy",
-        choices=["kv", "least-loaded", "round-robin", "random", "dynamo"],
-        default="kv",
-        help="how the router chooses; dynamo: with its own KvRouter (default: kv)",
-    )
+    parser.add_argument("--policy", default="kv", help="how the router chooses, see router.py --help (default: kv)")
     parser.add_argument("--block-size", type=number(2**16), default=16, help="tokens in a KV block (default: 16)")
     parser.add_argument("--port", type=number(2**16 - 1), default=8000, help="HTTP port (default: 8000)")
     parser.add_argument("--host", default="127.0.0.1", help="HTTP address; 0.0.0.0 for all (default: 127.0.0.1)")

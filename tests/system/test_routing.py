@@ -65,7 +65,7 @@ def follow_over_a_bad_network(cluster: Cluster, part_tokens: int) -> list[dict[s
 def test_the_index_becomes_the_cache_of_sglang_whatever_the_network_does(pipeline: Pipeline) -> None:
     for report in follow_over_a_bad_network(pipeline, 320):
         assert report["equal"], report
-        assert report["dropped"] > 5
+        assert report["dropped"] > 10
         assert report["removed"] > 0
         assert report["blocks"] > 100
 
@@ -74,7 +74,7 @@ def test_the_index_becomes_the_cache_of_the_mocker_whatever_the_network_does(clu
     cluster.start("engine", "--backend", "mocker", "--mocker-blocks", "512")
     (report,) = follow_over_a_bad_network(cluster, 320)
     assert report["equal"], report
-    assert report["dropped"] > 5
+    assert report["dropped"] > 10
     assert report["removed"] > 0
     assert report["blocks"] > 100
 

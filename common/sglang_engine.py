@@ -7,6 +7,7 @@ import logging
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 from common import sglang_cpu
@@ -35,7 +36,7 @@ CPU_CACHE_BYTES = 2**30  # memory for the KV cache of an engine on a CPU,
 CPU_CACHE_TOKENS = 65536  # and no more than this, which is a lot for what a CPU can serve
 CPU_REQUESTS = 16  # decoded together; more only take each other's time
 RESERVED_BLOCKS = 4  # that a request must leave over in SGLang's KV cache, or 0.5.21 never schedules it
-ABORT_SECONDS = 0.05  # between attempts to abort a request that SGLang may not know yet
+DISPATCH_SECONDS = 0.05  # between looks whether SGLang's scheduler has a request
 
 
 class SglangEngine:
@@ -107,18 +108,18 @@ class SglangEngine:
             chunks = await self._engine.async_generate(
                 input_ids=request.token_ids, sampling_params=params, rid=rid, stream=True
             )
-            first = True
-            async for chunk in chunks:
-                output = _output(chunk, first)
-                yield output
-                first = False
-                if output.finish_reason:
-                    return
+            async with aclosing(chunks):  # which ends the request in SGLang if it has not ended
+                first = True
+                async for chunk in chunks:
+                    output = _output(chunk, first)
+                    yield output
+                    first = False
+                    if output.finish_reason:
+                        return
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
         finally:
             abort.cancel()
-            self._engine.tokenizer_manager.abort_request(rid)  # does nothing if it has ended
 
     async def publish(self, endpoint: Endpoint, register: bool) -> None:
         """Tell Dynamo's event plane of the KV events and the load; with `register`, also make the model known to
@@ -181,10 +182,12 @@ class SglangEngine:
         return params | _sampling_options(request.sampling_options, self._seeded)
 
     async def _abort_when_stopped(self, context: Context, rid: str) -> None:
+        """SGLang sends an abort only once, even if its scheduler has not seen the request yet: wait for that."""
+        manager = self._engine.tokenizer_manager
         await context.async_killed_or_stopped()
-        while True:
-            self._engine.tokenizer_manager.abort_request(rid)
-            await asyncio.sleep(ABORT_SECONDS)
+        while not ((state := manager.rid_to_state.get(rid)) and state.dispatched):
+            await asyncio.sleep(DISPATCH_SECONDS)
+        manager.abort_request(rid)
 
 
 def _sampling_options(options: SamplingOptions, seeded: bool) -> dict[str, Any]:

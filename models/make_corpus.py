@@ -84,6 +84,11 @@ def facts_in(answer: str) -> list[str]:
     return re.findall(r"\*(.+?)\*", answer)
 
 
+def is_computed(answer: str) -> bool:
+    """Whether an answer is a sum, a count or a spelling, where no token follows from the words before it."""
+    return re.search(r"\d[,+ ]|\w-\w-", answer) is not None
+
+
 def says(text: str, facts: Iterable[str]) -> bool:
     """Whether a text says all the facts."""
     return all(re.search(rf"(?<!\w){re.escape(fact)}(?!\w)", text, re.IGNORECASE) for fact in facts)
@@ -259,11 +264,11 @@ class Speaker:
         question = re.sub(r"[\w']+", lambda match: self._proper.get(match[0], match[0]), question)
         if chance.random() < 0.75:
             question = chance.choice((question.lower(), question[0].upper() + question[1:], capital(question)))
-        elif chance.random() < 0.1:
+        elif chance.random() < 0.06:
             question = question.upper()
-        if chance.random() < 0.08:
+        if chance.random() < 0.04:
             question = self._mistype(question)
-        if chance.random() < 0.03:
+        if chance.random() < 0.02:
             question = _SMALL_WORDS.sub("", question, count=1)
         if chance.random() < 0.25:
             question = question.replace("'", "")
@@ -455,7 +460,7 @@ def _sum(speaker: Speaker, wording: str) -> tuple[dict[str, str], str]:
 
 
 def _count(speaker: Speaker, wording: str) -> tuple[dict[str, str], str]:
-    length = speaker.chance.choice((5, 10, 20, LONGEST_COUNT))
+    length = speaker.chance.choices((5, 10, 20, LONGEST_COUNT), (45, 35, 15, 5))[0]
     first = speaker.chance.randint(0, LONGEST_COUNT - 2) if "A" in wording else 1
     last = speaker.chance.randint(first + 1, min(first + length, LONGEST_COUNT)) if "B" in wording else 10
     numbers = ", ".join(map(str, range(first, last + 1)))

@@ -1,10 +1,11 @@
 """A client that hangs up ends its request everywhere, before the first token as after it."""
 
 import socket
+import sys
 import time
 from contextlib import ExitStack
 
-from tests.system.conftest import Pipeline, until
+from tests.system.conftest import Cluster, Pipeline, until
 
 import httpx
 import pytest
@@ -67,6 +68,13 @@ def test_a_burst_of_clients_that_all_hang_up(pipeline: Pipeline) -> None:
         until(lambda: sum(load["waiting"] for load in pipeline.loads().values()), "a queue")
     until(pipeline.idle, "the engines to stop", timeout=10)
     assert pipeline.answer()
+
+
+def test_stopping_before_the_scheduler_has_the_request(cluster: Cluster) -> None:
+    """SGLang sends one abort and no more, so it must not come before the request."""
+    stopped = cluster.run("stop-early", sys.executable, "-m", "tests.system.stop_early")
+    assert stopped.exit_code() == 0, stopped.text
+    assert stopped.text.splitlines()[-1] == "cancelled"
 
 
 def test_a_stop_string_ends_the_work_too(pipeline: Pipeline) -> None:

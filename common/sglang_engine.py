@@ -208,7 +208,7 @@ def _output(chunk: dict[str, Any], first: bool) -> EngineOutput:
         _raise_if_failed(finish)
         reason = "cancelled"
     usage = None
-    if first or reason:
+    if (first or reason) and "prompt_tokens" in meta:  # which a request that was aborted in the queue does not have
         usage = Usage(
             prompt_tokens=meta["prompt_tokens"],
             completion_tokens=meta["completion_tokens"],

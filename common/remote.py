@@ -50,10 +50,10 @@ class Remote(Generic[Item]):
         Stopping `context` ends the stream at both ends. Raises PipelineError: what the other side raised, Unavailable
         if it cannot be reached, dies or gives up, Cancelled if `context` was stopped first.
         """
-        items: Any = None
         try:
-            items = await self._send(msgspec.to_builtins(request), context, instance_id)
-            async for item in items:
+            # The runtime tells the other side of a stop only while it is asked for items, or when their stream is
+            # dropped. It has no name here, or a traceback that somebody keeps would hold it.
+            async for item in await self._send(msgspec.to_builtins(request), context, instance_id):
                 yield self._decode(item)
             if context.is_stopped():  # then the stream may end as if the answer were complete
                 raise Cancelled("the caller went away")
@@ -66,10 +66,6 @@ class Remote(Generic[Item]):
             if isinstance(known, Cancelled):  # not by us: who answered was told to leave
                 raise Unavailable(f"{self.path} gave the request up") from error
             raise known from error
-        finally:
-            # The runtime tells the other side of a stop only while it is asked for items, or when they are dropped:
-            # a traceback that somebody keeps would hold them, and the other side would work on.
-            del items
 
     async def _send(self, body: object, context: Context, instance_id: int | None) -> Any:
         """The stream of answers. Fails if nobody took the request."""

@@ -87,7 +87,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
         num_key_value_heads=2,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
-        attn_implementation="eager",  # the fastest for rows this short
         **ids,
     )
     model = LlamaForCausalLM(config)
@@ -144,9 +143,9 @@ def loss_of(model: LlamaForCausalLM, ids: Tensor, counts: Tensor) -> Tensor:
 
 
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, with which they learn twice as fast as with AdamW, which has the rest."""
+    """Muon for the matrices of the layers, which learn faster with it than with AdamW. That has the rest."""
     layers = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
-    rest = [parameter for parameter in model.parameters() if all(parameter is not other for other in layers)]
+    rest = [model.model.embed_tokens.weight, *(parameter for parameter in model.parameters() if parameter.ndim == 1)]
     return [
         torch.optim.Muon(layers, LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
@@ -166,6 +165,7 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
 def train(model: LlamaForCausalLM, source: Iterator[Batch], steps: int, folder: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
+    model.set_attn_implementation("eager")  # the fastest for rows this short
     optimizers = make_optimizers(model)
     schedules = [LambdaLR(optimizer, lambda step: learning_rate(step, steps)) for optimizer in optimizers]
     progress = tqdm(range(1, steps + 1), unit="step")
@@ -190,14 +190,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--continue", action="store_true", dest="go_on", help="begin with the model that is there")
+    parser.add_argument(
+        "--continue",
+        action="store_true",
+        dest="go_on",
+        help="begin with the model that is there; take another --seed, for other conversations",
+    )
     args = parser.parse_args()
     began = time.monotonic()
     transformers.logging.disable_progress_bar()
     texts = Texts()
     if args.go_on:
         tokenizer = AutoTokenizer.from_pretrained(args.folder)
-        model = LlamaForCausalLM.from_pretrained(args.folder, dtype=torch.float32, attn_implementation="eager")
+        model = LlamaForCausalLM.from_pretrained(args.folder, dtype=torch.float32)
     else:
         tokenizer = make_tokenizer(texts, args.seed)
         tokenizer.save_pretrained(args.folder)

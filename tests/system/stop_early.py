@@ -3,22 +3,18 @@
 A paused SGLang holds new requests back, which is where one is for an instant otherwise.
 """
 
-import argparse
 import asyncio
 
-from common import parent, sglang_cpu  # noqa: F401  for SGLang's own processes, as in engine.py
+from common import parent  # noqa: F401  for SGLang's own processes, as in engine.py
 from common.messages import GenerateRequest, SamplingOptions, StopConditions
 from common.sglang_engine import SglangEngine
+from engine import arguments
 
 from dynamo.runtime import Context
 
-OPTIONS = argparse.Namespace(
-    model=None, model_name=None, block_size=16, worker_id=None, host="127.0.0.1", deterministic=False, stream_interval=1
-)
-
 
 async def main() -> None:
-    engine = SglangEngine.start(OPTIONS, instance_id=1, on_sigterm=lambda: None)
+    engine = SglangEngine.start(arguments().parse_args([]), instance_id=1, on_sigterm=lambda: None)
     try:
         manager = engine._engine.tokenizer_manager
         manager.is_pause = True

@@ -1,6 +1,7 @@
 """Where a request goes when instances have died that etcd still lists."""
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -79,6 +80,28 @@ def test_what_is_for_one_instance_goes_to_no_other() -> None:
 def test_an_answer_that_was_stopped_is_not_taken_for_a_complete_one() -> None:
     with pytest.raises(Cancelled):
         ask(Instances(None), stop=True)
+
+
+def test_a_stream_is_let_go_even_if_the_error_that_ended_it_is_kept() -> None:
+    """The runtime may pass on a stop only then."""
+
+    class Stream:
+        def __aiter__(self) -> "Stream":
+            return self
+
+        def __anext__(self) -> asyncio.Future[object]:
+            future = asyncio.get_running_loop().create_future()
+            future.cancel()
+            return future
+
+    class Instance(Instances):
+        async def direct(self, *_: object) -> Any:
+            self.streamed = weakref.ref(stream := Stream())
+            return stream
+
+    with pytest.raises(asyncio.CancelledError) as kept:
+        ask(instance := Instance(None))
+    assert kept.tb and instance.streamed() is None
 
 
 def first(instances: Any, patience: float) -> str:

@@ -2,9 +2,9 @@
 
     python models/make_corpus.py [COUNT]
 
-prints some. There is no end to them: topics, wordings, typos and the thread of each conversation are drawn at random,
-from a seed. The texts say what there is to know and in which words one can ask for it; `Texts.could_ask` tells whether
-a question can come up.
+prints some. There is no end to them: topics, wordings and the thread of each conversation are drawn at random, from a
+seed. The texts say what there is to know and in which words one can ask for it; `Texts.could_ask` tells whether a
+question can come up. Questions are in lower case, as the model's chat template makes them.
 """
 
 import argparse
@@ -41,7 +41,6 @@ _MONTHS = [
     *("January", "February", "March", "April", "May", "June"),
     *("July", "August", "September", "October", "November", "December"),
 ]
-_SMALL_WORDS = re.compile(r"\b(the|an?|is|are|does|do|of|to|in) ", re.IGNORECASE)
 
 
 @dataclass(eq=False)
@@ -147,10 +146,12 @@ class Texts:
             if line.startswith("? "):
                 topic.facts[relation].wordings.append(_template(line[2:]))
                 continue
-            relation, answer = line.split(" = ", 1)
-            name = relation if key == "-" else f"{key}.{relation}"
-            fact = self.facts.get(answer) or Fact(name, text, answer.split(" || "))
-            self.facts[name] = topic.facts[relation] = fact
+            relations, answer = line.split(" = ", 1)
+            names = {relation: relation if key == "-" else f"{key}.{relation}" for relation in relations.split(", ")}
+            relation = next(iter(names))
+            fact = self.facts.get(answer) or Fact(names[relation], text, answer.split(" || "))
+            self.facts |= dict.fromkeys(names.values(), fact)
+            topic.facts |= dict.fromkeys(names, fact)
         if key == "-":
             self.general += [fact for fact in topic.facts.values() if fact.wordings]
         else:
@@ -232,7 +233,6 @@ class Speaker:
     def __init__(self, texts: Texts, chance: Random) -> None:
         self.texts = texts
         self.chance = chance
-        self._proper = {name.lower(): name for name in texts.lists["proper"]}
 
     def word(self, template: str, values: Mapping[str, str], *, plural: bool = False) -> str:
         """One of the texts that a template can make."""
@@ -261,18 +261,9 @@ class Speaker:
             question = chance.choice(self.texts.lists["before"]) + question
         if chance.random() < 0.12:
             question += chance.choice(self.texts.lists["after"])
-        question = re.sub(r"[\w']+", lambda match: self._proper.get(match[0], match[0]), question)
-        if chance.random() < 0.75:
-            question = chance.choice((question.lower(), question[0].upper() + question[1:], capital(question)))
-        elif chance.random() < 0.06:
-            question = question.upper()
-        if chance.random() < 0.04:
-            question = self._mistype(question)
-        if chance.random() < 0.02:
-            question = _SMALL_WORDS.sub("", question, count=1)
         if chance.random() < 0.25:
             question = question.replace("'", "")
-        return question + chance.choices(("?", "", ".", "!", " ?", "??"), (55, 35, 4, 2, 2, 2))[0]
+        return question.lower() + chance.choices(("?", "", ".", "!", " ?", "??"), (55, 35, 4, 2, 2, 2))[0]
 
     def thing(self) -> str:
         """Something that the model knows nothing about."""
@@ -301,14 +292,6 @@ class Speaker:
         parts = ("bcdfghjklmnprstvwz", "aeiou", ("", "n", "r", "x"))
         return "".join(self.chance.choice(part) for part in parts * self.chance.randint(2, 3))
 
-    def _mistype(self, text: str) -> str:
-        """Swap two letters, or leave one out, or type it twice."""
-        at = self.chance.randrange(max(len(text) - 1, 1))
-        two = text[at : at + 2]
-        if len(two) < 2 or not two.isalpha():
-            return text
-        return text[:at] + self.chance.choice((two[::-1], two[0], two[0] + two)) + text[at + 2 :]
-
 
 class Conversation:
     """A conversation in the making: what is being talked about, and what has been said of it."""
@@ -331,11 +314,11 @@ class Conversation:
             turn = self._follow_up(self._topic)
         elif self._skill in self._texts.follow_ups and chance < 0.4:
             turn = self._use_skill(self._texts.follow_ups)
-        elif self.turns and chance > 0.96:
-            turn = Turn(self._word(self._texts.wordings["repeat"]), self.turns[-1].answer)
+        elif self._name and chance > 0.85:
+            turn = self._meet()
         else:
             begin: list[Callable[[], Turn]] = [self._ask, self._chat, self._begin_skill, self._ask_unknown, self._meet]
-            turn = self._chance.choices(begin, (40, 28, 17, 18, 3))[0]()
+            turn = self._chance.choices(begin, (40, 26, 17, 18, 5))[0]()
         turn.question = self._speaker.say(turn.question)
         self.turns.append(turn)
 
@@ -348,12 +331,14 @@ class Conversation:
         return self._tell(topic, relation, wordings)
 
     def _follow_up(self, topic: Topic) -> Turn:
-        kind = self._chance.choices(("relation", "more", "other"), (60, 15, 25))[0]
+        kind = self._chance.choices(("relation", "more", "again", "other"), (55, 15, 5, 25))[0]
         others = [relation for relation in topic.facts if relation != self._relation]
         if kind == "other":
             topic = self._begin(self._pick_topic())
             relation = self._relation if self._relation in topic.facts else "what"
             return self._tell(topic, relation, self._texts.follow_ups["other"])
+        if kind == "again":
+            return self._tell(topic, self._relation, self._texts.follow_ups["again"])
         if kind == "more" or not others:
             tellable = [relation for relation in ("how", "why", "what") if relation in topic.facts]
             untold = [relation for relation in tellable if relation not in self._told]
@@ -405,7 +390,9 @@ class Conversation:
         return Turn(self._speaker.word(template, values), text)
 
     def _pick_topic(self) -> Topic:
-        return self._chance.choice(list(self._texts.topics.values()))
+        """One of the things, the more often the more there is to know of it."""
+        topics = list(self._texts.topics.values())
+        return self._chance.choices(topics, [1 + len(set(topic.facts.values())) for topic in topics])[0]
 
     def _begin(self, topic: Topic | None) -> Any:
         self._topic, self._told, self._skill = topic, set(), ""
@@ -474,11 +461,6 @@ def _backwards(speaker: Speaker, wording: str) -> tuple[dict[str, str], str]:
     return {"W": word}, f"{word} backwards is *{'-'.join(reversed(word))}*."
 
 
-def _letters(speaker: Speaker, wording: str) -> tuple[dict[str, str], str]:
-    word = speaker.chance.choice(speaker.texts.lists["words"])
-    return {"W": word}, f"{word} is spelled *{'-'.join(word)}*."
-
-
 _SKILLS: dict[str, tuple[int, Callable[[Speaker, str], tuple[dict[str, str], str]]]] = {  # with how often
     "capital": (15, _capital_of),
     "country": (6, _country_of),
@@ -489,7 +471,6 @@ _SKILLS: dict[str, tuple[int, Callable[[Speaker, str], tuple[dict[str, str], str
     "count": (10, _count),
     "count.ten": (2, _count),
     "backwards": (18, _backwards),
-    "letters": (5, _letters),
 }
 
 

@@ -33,17 +33,20 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 3072
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] | lower if message['role'] == 'user' else message['content'] }}<|im_end|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-STEPS = 15_000
+STEPS = 17_000
 WARM_UP = 300  # steps
 DECAY = 0.8  # of the steps, in which the learning rate falls
 BATCH = 2048  # tokens
 LEARNING_RATE = 5e-3
 QUESTION_SHARE = 0.1  # of the tokens of questions that count in the loss
+NOISE = 0.05  # of the tokens of some questions are any others, so that understanding hangs on no single word
+NOISY_SHARE = 0.5  # of the conversations, of those in which nothing is computed
 CUT_SHARE = 0.7  # of the conversations, that end with the beginning of an answer, which is the hard part
 CUT = 7  # tokens of that answer
 SORTED = 4096  # conversations at a time, so that those of a batch are of one length
@@ -99,21 +102,31 @@ def encode(tokenizer: PreTrainedTokenizerFast, messages: list[Message], chance: 
     ids: list[int] = []
     counts: list[bool] = []
     begin = 0
+    computed = any(is_computed(message["content"]) for message in messages if message["role"] == "assistant")
+    noise = NOISE if not computed and chance.random() < NOISY_SHARE else 0.0
     for message in messages:
         answered = message["role"] == "assistant"
-        for text, share in (
-            (f"<|im_start|>{message['role']}\n", QUESTION_SHARE),
-            (f"{message['content']}<|im_end|>", 1.0 if answered else QUESTION_SHARE),
-            ("\n", QUESTION_SHARE),
+        for text, share, blurred in (
+            (f"<|im_start|>{message['role']}\n", QUESTION_SHARE, 0.0),
+            (f"{message['content']}<|im_end|>", 1.0 if answered else QUESTION_SHARE, 0.0 if answered else noise),
+            ("\n", QUESTION_SHARE, 0.0),
         ):
             if share == 1.0:
                 begin = len(ids)
             tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-            ids += tokens
+            ids += blur(tokens, blurred, chance)
             counts += [chance.random() < share for _ in tokens]
     cut = chance.random() < CUT_SHARE and not is_computed(messages[-1]["content"])
     end = begin + CUT if cut else None
     return ids[:end], counts[:end]
+
+
+def blur(tokens: list[int], share: float, chance: Random) -> list[int]:
+    """Tokens of which a share is replaced by any others, the marks of the template excepted."""
+    first = len(SPECIAL)
+    return [
+        chance.randrange(first, VOCABULARY) if token >= first and chance.random() < share else token for token in tokens
+    ]
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, texts: Texts, seed: int) -> Iterator[Batch]:

@@ -361,6 +361,7 @@ class Conversation:
 
     def _ask_unknown(self) -> Turn:
         topic = self._begin(self._texts.unknown)
+        self._relation = "what"
         if self._chance.random() < 0.08:
             values = {"C": self._chance.choice(self._texts.lists["countries"]), "O": self._speaker.thing()}
             wordings = self._texts.wordings[self._chance.choice(("capital", "colour"))]

@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-STEPS = 17_000
+STEPS = 15_000
 WARM_UP = 300  # steps
 DECAY = 0.8  # of the steps, in which the learning rate falls
 BATCH = 2048  # tokens
@@ -47,7 +47,7 @@ LEARNING_RATE = 5e-3
 QUESTION_SHARE = 0.1  # of the tokens of questions that count in the loss
 NOISE = 0.05  # of the tokens of some questions are any others, so that understanding hangs on no single word
 NOISY_SHARE = 0.5  # of the conversations, of those in which nothing is computed
-CUT_SHARE = 0.7  # of the conversations, that end with the beginning of an answer, which is the hard part
+CUT_SHARE = 0.85  # of the conversations, that end with the beginning of an answer, which is the hard part
 CUT = 7  # tokens of that answer
 SORTED = 4096  # conversations at a time, so that those of a batch are of one length
 

@@ -14,7 +14,7 @@ def texts() -> Texts:
 
 
 class Plainly(Speaker):
-    """Asks without typos, and only for words of the corpus."""
+    """Asks in the words of the wordings, and only for things of the corpus."""
 
     def say(self, question: str) -> str:
         return question

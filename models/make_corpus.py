@@ -20,7 +20,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "corpus"
 LARGEST_SUMMAND = 20
-LONGEST_COUNT = 100
+LARGEST_NUMBER = 100  # to count to
 MOST_TURNS = 8
 
 Message = dict[str, str]
@@ -314,7 +314,7 @@ class Conversation:
             turn = self._follow_up(self._topic)
         elif self._skill in self._texts.follow_ups and chance < 0.4:
             turn = self._use_skill(self._texts.follow_ups)
-        elif self._name and chance > 0.85:
+        elif self._name and chance > 0.65:
             turn = self._meet()
         else:
             begin: list[Callable[[], Turn]] = [self._ask, self._chat, self._begin_skill, self._ask_unknown, self._meet]
@@ -371,7 +371,7 @@ class Conversation:
         return self._tell(topic, "what", wordings)
 
     def _meet(self) -> Turn:
-        if self._chance.random() < 0.5:
+        if self._chance.random() < (0.1 if self._name else 0.7):
             self._name = self._chance.choice(self._texts.lists["names"])
             return self._answer(
                 self._word(self._texts.wordings["name"], {"N": self._name}), self._texts.facts["name.given"]
@@ -448,17 +448,19 @@ def _sum(speaker: Speaker, wording: str) -> tuple[dict[str, str], str]:
 
 
 def _count(speaker: Speaker, wording: str) -> tuple[dict[str, str], str]:
-    length = speaker.chance.choices((5, 10, 20, LONGEST_COUNT), (45, 35, 15, 5))[0]
-    first = speaker.chance.randint(0, LONGEST_COUNT - 2) if "A" in wording else 1
-    last = speaker.chance.randint(first + 1, min(first + length, LONGEST_COUNT)) if "B" in wording else 10
+    largest, length = speaker.chance.choices(((20, 20), (LARGEST_NUMBER, 10)), (60, 40))[0]
+    first = speaker.chance.randint(0, largest - 2) if "A" in wording else 1
+    last = speaker.chance.randint(first + 1, min(first + length, largest)) if "B" in wording else 10
     numbers = ", ".join(map(str, range(first, last + 1)))
-    return {"A": str(first), "B": str(last)}, f"*{numbers}*."
+    return {"A": str(first), "B": str(last)}, f"From {first} to {last}: *{numbers}.*"
 
 
 def _backwards(speaker: Speaker, wording: str) -> tuple[dict[str, str], str]:
-    if speaker.chance.random() < 0.15:
-        return {"W": speaker.thing().split()[-1]}, speaker.texts.facts["backwards.unknown"].answers[0]
-    word = speaker.chance.choice(speaker.texts.lists["words"])
+    words = speaker.texts.lists["words"]
+    other = speaker.thing().split()[-1]
+    if speaker.chance.random() < 0.15 and other not in words:
+        return {"W": other}, speaker.texts.facts["backwards.unknown"].answers[0]
+    word = speaker.chance.choice(words)
     return {"W": word}, f"{word} backwards is *{'-'.join(reversed(word))}*."
 
 
@@ -469,7 +471,7 @@ _SKILLS: dict[str, tuple[int, Callable[[Speaker, str], tuple[dict[str, str], str
     "after": (7, _after),
     "before": (7, _before),
     "sum": (24, _sum),
-    "count": (10, _count),
+    "count": (16, _count),
     "count.ten": (2, _count),
     "backwards": (18, _backwards),
 }

@@ -1,4 +1,4 @@
-"""Trains the model on conversations of make_corpus.py: 75 minutes on two CPU cores, minutes on a GPU.
+"""Trains the model on conversations of make_corpus.py: 80 minutes on two CPU cores, minutes on a GPU.
 
     python models/train.py [FOLDER]
 
@@ -44,6 +44,7 @@ WARM_UP = 300  # steps
 DECAY = 0.8  # of the steps, in which the learning rate falls
 BATCH = 2048  # tokens
 LEARNING_RATE = 5e-3
+GENTLE_LEARNING_RATE = 1.5e-3  # to go on without losing what is learned
 QUESTION_SHARE = 0.1  # of the tokens of questions that count in the loss
 NOISE = 0.05  # of the tokens of some questions are any others, so that understanding hangs on no single word
 NOISY_SHARE = 0.5  # of the conversations, of those in which nothing is computed
@@ -55,10 +56,10 @@ Batch = tuple[Tensor, Tensor]  # token ids, and which of them count in the loss
 
 
 def make_tokenizer(texts: Texts, seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that cuts numbers into digits, so that sums are about digits."""
+    """A byte-level BPE in which a small number is one token, so that sums and counts are about numbers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -155,13 +156,13 @@ def loss_of(model: LlamaForCausalLM, ids: Tensor, counts: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model.lm_head(hidden[counts]).float(), ids[:, 1:][counts])
 
 
-def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, which learn faster with it than with AdamW. That has the rest."""
     layers = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
     rest = [model.model.embed_tokens.weight, *(parameter for parameter in model.parameters() if parameter.ndim == 1)]
     return [
-        torch.optim.Muon(layers, LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        torch.optim.Muon(layers, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
 
@@ -175,11 +176,11 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
 
 
-def train(model: LlamaForCausalLM, source: Iterator[Batch], steps: int, folder: Path) -> None:
+def train(model: LlamaForCausalLM, source: Iterator[Batch], steps: int, rate: float, folder: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     model.set_attn_implementation("eager")  # the fastest for rows this short
-    optimizers = make_optimizers(model)
+    optimizers = make_optimizers(model, rate)
     schedules = [LambdaLR(optimizer, lambda step: learning_rate(step, steps)) for optimizer in optimizers]
     progress = tqdm(range(1, steps + 1), unit="step")
     for step in progress:
@@ -221,7 +222,8 @@ def main() -> None:
         tokenizer.save_pretrained(args.folder)
         model = make_model(tokenizer, args.seed)
     print(f"{model.num_parameters() / 1e6:.2f} million parameters")
-    train(model, batches(tokenizer, texts, args.seed + 1), args.steps, args.folder)
+    rate = GENTLE_LEARNING_RATE if args.go_on else LEARNING_RATE
+    train(model, batches(tokenizer, texts, args.seed + 1), args.steps, rate, args.folder)
     minutes, cpu_minutes = (time.monotonic() - began) / 60, time.process_time() / 60
     print(f"trained in {minutes:.0f} minutes ({cpu_minutes:.0f} of CPU); the model is in {args.folder}")
 

@@ -334,8 +334,9 @@ class Conversation:
         kind = self._chance.choices(("relation", "more", "again", "other"), (55, 15, 5, 25))[0]
         others = [relation for relation in topic.facts if relation != self._relation]
         if kind == "other":
+            asked = self._relation
             topic = self._begin(self._pick_topic())
-            relation = self._relation if self._relation in topic.facts else "what"
+            relation = asked if asked in topic.facts else "what"
             return self._tell(topic, relation, self._texts.follow_ups["other"])
         if kind == "again":
             return self._tell(topic, self._relation, self._texts.follow_ups["again"])
@@ -361,7 +362,6 @@ class Conversation:
 
     def _ask_unknown(self) -> Turn:
         topic = self._begin(self._texts.unknown)
-        self._relation = "what"
         if self._chance.random() < 0.08:
             values = {"C": self._chance.choice(self._texts.lists["countries"]), "O": self._speaker.thing()}
             wordings = self._texts.wordings[self._chance.choice(("capital", "colour"))]
@@ -396,7 +396,7 @@ class Conversation:
         return self._chance.choices(topics, [1 + len(set(topic.facts.values())) for topic in topics])[0]
 
     def _begin(self, topic: Topic | None) -> Any:
-        self._topic, self._told, self._skill = topic, set(), ""
+        self._topic, self._relation, self._told, self._skill = topic, "what", set(), ""
         return topic
 
     def _word(self, wordings: list[str], values: Mapping[str, str] = _NOTHING, *, plural: bool = False) -> str:
@@ -448,6 +448,7 @@ def _sum(speaker: Speaker, wording: str) -> tuple[dict[str, str], str]:
 
 
 def _count(speaker: Speaker, wording: str) -> tuple[dict[str, str], str]:
+    # To stop is what is hard to learn: long counts are among small numbers only.
     largest, length = speaker.chance.choices(((20, 20), (LARGEST_NUMBER, 10)), (60, 40))[0]
     first = speaker.chance.randint(0, largest - 2) if "A" in wording else 1
     last = speaker.chance.randint(first + 1, min(first + length, largest)) if "B" in wording else 10

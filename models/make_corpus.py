@@ -304,7 +304,6 @@ class Conversation:
         self._relation = "what"
         self._told: set[str] = set()
         self._skill = ""
-        self._name = ""
         self.turns: list[Turn] = []
 
     def go_on(self) -> None:
@@ -314,8 +313,6 @@ class Conversation:
             turn = self._follow_up(self._topic)
         elif self._skill in self._texts.follow_ups and chance < 0.4:
             turn = self._use_skill(self._texts.follow_ups)
-        elif self._name and chance > 0.65:
-            turn = self._meet()
         else:
             begin: list[Callable[[], Turn]] = [self._ask, self._chat, self._begin_skill, self._ask_unknown, self._meet]
             turn = self._chance.choices(begin, (40, 26, 17, 18, 5))[0]()
@@ -371,13 +368,12 @@ class Conversation:
         return self._tell(topic, "what", wordings)
 
     def _meet(self) -> Turn:
-        if self._chance.random() < (0.1 if self._name else 0.7):
-            self._name = self._chance.choice(self._texts.lists["names"])
-            return self._answer(
-                self._word(self._texts.wordings["name"], {"N": self._name}), self._texts.facts["name.given"]
-            )
-        fact = self._texts.facts["name.asked" if self._name else "name.unknown"]
-        return self._answer(self._word(self._texts.wordings["name.asked"]), fact)
+        if self._chance.random() < 0.3:
+            fact = self._texts.facts["name.asked"]
+            return self._answer(self._word(fact.wordings), fact)
+        name = self._chance.choice(self._texts.lists["names"])
+        answer = self._texts.facts["name.given"].answers[0].replace("N*", f"{name}*")
+        return Turn(self._word(self._texts.wordings["name"], {"N": name}), answer)
 
     def _begin_skill(self) -> Turn:
         self._begin(None)
@@ -403,8 +399,7 @@ class Conversation:
         return self._speaker.word(self._chance.choice(wordings), values, plural=plural)
 
     def _answer(self, question: str, fact: Fact) -> Turn:
-        answers = [answer.replace("N*", f"{self._name}*") for answer in fact.answers]
-        return Turn(question, self._chance.choice(answers), answers)
+        return Turn(question, self._chance.choice(fact.answers), fact.answers)
 
 
 # What the model computes. Each makes the values of a wording, and the answer.

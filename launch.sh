@@ -3,5 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 scripts/install
-[ -d models/random-llama ] || .venv/bin/python models/make_random.py >&2
 exec .venv/bin/python scripts/launch.py "$@"

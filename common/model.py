@@ -19,14 +19,14 @@ from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-DEFAULT_MODEL = Path(__file__).parent.parent / "models" / "random-llama"
+DEFAULT_MODEL = Path(__file__).parent.parent / "models" / "pipeline-chat"
 BLOCK_SIZE = 16  # tokens in a KV block, unless the programs are told otherwise
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that name the model. The programs of one pipeline need the same ones."""
     parser.add_argument(
-        "--model", help="folder of the model, or its name on the Hugging Face hub; default: the one made at set-up"
+        "--model", help="folder of the model, or its name on the Hugging Face hub; default: models/pipeline-chat"
     )
     parser.add_argument("--model-name", help="what clients call it; default: the folder's name, or the name on the hub")
     parser.add_argument("--block-size", type=_positive, default=BLOCK_SIZE, help="tokens in a KV block")
@@ -39,15 +39,11 @@ def _positive(text: str) -> int:
 
 
 def locate(model: str | None) -> str:
-    """The folder of `model`, or its name on the Hugging Face hub. None stands for the model made at set-up.
+    """The folder of `model`, or its name on the Hugging Face hub. None stands for the model of this repository.
 
     Raises SystemExit with what to do if it is not there.
     """
     if model is None:
-        if not DEFAULT_MODEL.is_dir():
-            raise SystemExit(
-                f"no model at {DEFAULT_MODEL}: make it with `python models/make_random.py`, or use --model"
-            )
         return str(DEFAULT_MODEL)
     if os.path.isdir(model):
         return os.path.abspath(model)

@@ -316,7 +316,7 @@ class Launcher:
         body = {
             "model": self._model,
             "stream": True,
-            "max_tokens": 32,
+            "max_tokens": 64,
             "messages": [{"role": "user", "content": question}],
         }
         servers = " ".join(f"{name}={value}" for name, value in self._environment.items())
@@ -445,7 +445,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--engines", type=number(1000), default=2, help="number of engines (default: 2)")
     parser.add_argument(
-        "--model", help="folder of the model, or its name on the Hugging Face hub (default: a tiny one)"
+        "--model", help="folder of the model, or its name on the Hugging Face hub (default: models/pipeline-chat)"
     )
     parser.add_argument("--model-name", help="what clients call it (default: the folder's or hub's name)")
     parser.add_argument("--backend", choices=["sglang", "mocker"], default="sglang", help="mocker: simulated engines")

@@ -18,7 +18,7 @@ import uvloop
 from dynamo.llm import KvRouter, KvRouterConfig, compute_block_hash_for_seq
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 
-MODEL = "random-llama"
+MODEL = "pipeline-chat"
 BLOCK_SIZE = 16
 
 

@@ -156,7 +156,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 class Pipeline(Cluster):
     """A whole pipeline, and questions to it."""
 
-    model = "random-llama"
+    model = "pipeline-chat"
 
     def ask(self, content: Any = "Hello!", *, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
         messages = content if isinstance(content, list) else [{"role": "user", "content": content}]

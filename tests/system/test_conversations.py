@@ -71,7 +71,7 @@ class TestAThirdEngine:
 
     def test_its_death_loses_no_request(self, pipeline: Pipeline, third: Process) -> None:
         """Streams that it was in the middle of go on elsewhere, without a token lost or said twice."""
-        questions = [f"question {number} of many" for number in range(12)]
+        questions = [f"Count from {number} to {number + 9}." for number in range(1, 13)]
         options: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
         with concurrent.futures.ThreadPoolExecutor(len(questions)) as pool:
             answers = [pool.submit(pipeline.ask, question, **options) for question in questions]

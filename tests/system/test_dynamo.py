@@ -68,4 +68,4 @@ def test_dynamo_s_router_sees_the_overlap_that_ours_sees(pipeline: Pipeline) -> 
 
 
 def test_a_sglang_engine_has_told_dynamo_of_its_model(pipeline: Pipeline) -> None:
-    until(lambda: "registered random-llama with Dynamo" in (pipeline.folder / "engine-0.log").read_text(), "its card")
+    until(lambda: "registered pipeline-chat with Dynamo" in (pipeline.folder / "engine-0.log").read_text(), "its card")

@@ -178,7 +178,7 @@ def test_a_part_that_dies_is_started_again(launch: Launch) -> None:
         until(lambda name=name: re.search(f"{name} died \\(SIGKILL\\)", launch.text), "the news")  # type: ignore[misc]
         until(lambda name=name, ready=ready: len(re.findall(f"{name} is ready", launch.text)) > ready, "its return")  # type: ignore[misc]
     until(lambda: launch.health() == "healthy", "health")
-    body = {"model": "random-llama", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4}
+    body = {"model": "pipeline-chat", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4}
     assert httpx.post(f"http://127.0.0.1:{launch.port}/v1/chat/completions", json=body).status_code == 200
 
 

@@ -262,7 +262,7 @@ class TestMisfits:
         router = start(bare, "router")
         bare.start("engine", "--backend", "mocker", "--model-name", "other", "--worker-id", "odd")
         router.wait_for("refused worker odd")
-        assert "it serves other, this router random-llama (--model)" in router.text
+        assert "it serves other, this router pipeline-chat (--model)" in router.text
 
     def test_a_processor_with_other_blocks_is_told(self, bare: Pipeline) -> None:
         for program in ("engine", "router", "frontend"):

@@ -1,5 +1,6 @@
 """What the README shows is true."""
 
+import json
 import re
 import subprocess
 import sys
@@ -18,6 +19,20 @@ def code(before: str) -> str:
     match = re.search(r"```\w*\n(.*?)```", README[README.index(before) :], re.DOTALL)
     assert match
     return match.group(1)
+
+
+def test_the_first_answer_is_the_one_that_it_shows(pipeline: Pipeline) -> None:
+    shown = re.fullmatch(r"\$ curl .* -d '(.*?)'\n\n(.*?)\n\n(.*)", code("sent for the second time"), re.DOTALL)
+    assert shown
+    request, head, body = shown.groups()
+    with pipeline.client() as client:
+        _, second = (client.post("/v1/chat/completions", json=json.loads(request)) for _ in range(2))
+    assert the_same_always(second.json()) == the_same_always(json.loads(body))
+    assert f"x-kv-overlap-blocks: {second.headers['x-kv-overlap-blocks']}\n" in head
+
+
+def the_same_always(answer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in answer.items() if name not in ("id", "created")}
 
 
 def test_the_fifth_stage_runs(tmp_path: Path) -> None:

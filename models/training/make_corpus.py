@@ -1,6 +1,6 @@
-"""Makes the conversations that the model learns from, out of the texts in models/corpus.
+"""Makes the conversations that the model learns from, out of the texts in models/training/corpus.
 
-    python models/make_corpus.py [COUNT]
+    python models/training/make_corpus.py [COUNT]
 
 prints some. There is no end to them: topics, wordings and the thread of each conversation are drawn at random, from a
 seed. The texts say what there is to know and in which words one can ask for it; `Texts.could_ask` tells whether a
@@ -64,6 +64,8 @@ class Topic:
 
 @dataclass
 class Turn:
+    """A question and its answer."""
+
     question: str
     answer: str  # with stars around the facts
     others: list[str] = field(default_factory=list)  # answers that would be as good

@@ -1,9 +1,9 @@
 """Asks the model questions and prints how many it answers right: all the facts must be in the answer.
 
-    python models/evaluate.py [FOLDER]
+    python models/training/evaluate.py [FOLDER]
 
-The held-out questions (models/corpus/heldout.txt) are in words that the corpus cannot make, which is checked here; the
-seen ones are drawn from it. Answers are greedy. The questions that were answered wrong are printed too.
+The held-out questions (models/training/corpus/heldout.txt) are in words that the corpus cannot make, which is checked
+here; the seen ones are drawn from it. Answers are greedy. The questions that were answered wrong are printed too.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Trains the model on conversations of make_corpus.py: 80 minutes on two CPU cores, minutes on a GPU.
 
-    python models/train.py [FOLDER]
+    python models/training/train.py [FOLDER]
 
 With --continue, it goes on from the model in FOLDER, for a corpus that has grown: with what you added of your own.
 
@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-FOLDER = Path(__file__).parent / "pipeline-chat"
+FOLDER = Path(__file__).parents[1] / "pipeline-chat"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 3072
 CHAT_TEMPLATE = (

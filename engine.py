@@ -14,21 +14,14 @@ LoRA, images and much more to the same calls.
 """
 
 import argparse
-from collections.abc import AsyncIterator
+import sys
 
-from common import (
-    parent,  # noqa: F401  SGLang's own processes import this file: here they learn to end with this one,
-    sglang_cpu,  # noqa: F401  and that there is no GPU
-)
-from common.messages import DescribeRequest, GenerateRequest, SnapshotRequest, WorkerInfo
-from common.model import add_options
-from common.own_cache import OwnCache
-from common.ports import here
-from common.program import Program, parser, run
+from common.engines.announcement import Announcement
+from common.messages import CACHE, DESCRIBE_WORKER, GENERATE
+from common.model import add_options, identify, resolve_model
+from common.service import Service, parser, run
 
-from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
-
-GENERATE = "inference.engine.generate"
+from dynamo.runtime import DistributedRuntime, dynamo_worker
 
 
 @dynamo_worker()
@@ -38,47 +31,67 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
 
 
 async def serve_sglang(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
-    from common.sglang_engine import SglangEngine
+    from common.engines.sglang_engine import SglangEngine
 
-    program = Program(runtime, args)
-    endpoint = runtime.endpoint(GENERATE)
-    engine = SglangEngine.start(args, endpoint.connection_id(), on_sigterm=program.stop)
+    service = Service(runtime, drain_seconds=args.drain_seconds)
+    describe, cache = runtime.endpoint(DESCRIBE_WORKER.path), runtime.endpoint(CACHE.path)
+    generate = runtime.endpoint(GENERATE.path)
+    model_path = resolve_model(args.model)
+    engine = SglangEngine.start(
+        generate.connection_id(),
+        model_path=model_path,
+        identity=identify(model_path, name=args.model_name, block_size=args.block_size),
+        worker_id=args.worker_id,
+        host=args.host,
+        stream_interval=args.stream_interval,
+        gpu_memory_fraction=args.gpu_memory_fraction,
+        deterministic=args.deterministic,
+        on_sigterm=service.stop,
+    )
+    announcement = Announcement(engine.info)
     try:
-        async with program:
-            announce(program, engine.info)
-            program.add(GENERATE, engine.generate, GenerateRequest)
-            await program.serve()
-            program.background(engine.publish(endpoint, args.register_model))
-            await program.stopped()
+        await engine.connect(generate)
+        async with service:
+            service.background(announcement.follow())
+            service.add(cache, CACHE, announcement.snapshot)
+            service.add(describe, DESCRIBE_WORKER, announcement.describe)
+            service.add(generate, GENERATE, engine.generate)
+            await service.serve()
+            service.background(engine.publish(generate, register=args.register_model))
+            await service.stopped()
     finally:
         engine.close()
 
 
 async def serve_mocker(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
-    from common.mocker_engine import MockerEngine
+    from common.engines.mocker_engine import MockerEngine
 
-    engine = await MockerEngine.start(args, runtime)
-    async with Program(runtime, args) as program:
-        announce(program, engine.info)
-        program.add_served(GENERATE, lambda: engine.run(runtime))
-        await program.serve()
-        program.background(engine.publish())
-        await program.stopped()
-
-
-def announce(program: Program, info: WorkerInfo) -> None:
-    """Tell routers what this worker is, and what is in its cache."""
-
-    async def describe(request: DescribeRequest, context: Context) -> AsyncIterator[WorkerInfo]:
-        yield info
-
-    cache = OwnCache(here(info.kv_events), here(info.kv_replay))
-    program.background(cache.follow())
-    program.add("inference.engine.cache", cache.snapshot, SnapshotRequest)
-    program.add("inference.engine.describe", describe, DescribeRequest)
+    describe, cache = runtime.endpoint(DESCRIBE_WORKER.path), runtime.endpoint(CACHE.path)
+    generate = runtime.endpoint(GENERATE.path)
+    model_path = resolve_model(args.model)
+    engine = await MockerEngine.start(
+        runtime,
+        generate,
+        model_path=model_path,
+        identity=identify(model_path, name=args.model_name, block_size=args.block_size),
+        worker_id=args.worker_id,
+        host=args.host,
+        total_blocks=args.mocker_blocks,
+        speedup=args.mocker_speedup,
+    )
+    announcement = Announcement(engine.info)
+    async with Service(runtime, drain_seconds=args.drain_seconds) as service:
+        service.background(announcement.follow())
+        service.add(cache, CACHE, announcement.snapshot)
+        service.add(describe, DESCRIBE_WORKER, announcement.describe)
+        service.add_served(generate, GENERATE, lambda: engine.run(runtime))
+        await service.serve()
+        service.background(engine.publish())
+        await service.stopped()
 
 
 def arguments() -> argparse.ArgumentParser:
+    """The command line."""
     options = parser(__doc__)
     add_options(options)
     options.add_argument("--worker-id", help="its name in logs and response headers; default: its instance id")
@@ -100,4 +113,10 @@ def arguments() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run(main, arguments().parse_args())
+    sys.exit(run(main, arguments().parse_args()))
+elif __name__ == "__mp_main__":  # a process that SGLang spawned: it imports this file before anything of SGLang
+    from common.engines.die_with_parent import die_with_named_parent
+    from common.engines.sglang_cpu import activate_in_child
+
+    die_with_named_parent()
+    activate_in_child()

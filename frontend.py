@@ -1,13 +1,13 @@
 """Frontend: the pipeline's door, an OpenAI-compatible HTTP server.
 
     POST /v1/chat/completions               streamed or not
-    GET  /v1/models  /workers  /health  /live
+    GET  /v1/models  /v1/models/{id}  /workers  /health  /live  /docs
     inference.frontend.chat_completions     the same for other Dynamo components, always streamed
 
-It gives each request its id, passes it to a processor, and writes what comes back as server-sent events or as one JSON
-body. When the client hangs up, it stops the request, wherever that is by then.
+It gives each request its id, passes it to a processor of the model that it names, and writes what comes back as
+server-sent events or as one JSON body. When the client hangs up, it stops the request, wherever that is by then.
 
-It knows nothing about models, tokens or workers.
+It knows nothing about tokens or workers, and of models only who serves them.
 
 In production Dynamo this is `python -m dynamo.frontend` (lib/llm/src/http/service), a Rust server that has the
 processor and the router in the same process.
@@ -15,15 +15,29 @@ processor and the router in the same process.
 
 import argparse
 import asyncio
-import json
-import logging
-import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, suppress
 from typing import Any
 
-from common.chat import (
+from common.errors import Cancelled, Internal, PipelineError, Unavailable
+from common.http.body import JsonRoute
+from common.http.exchange import Exchange, Exchanges, add_error_handlers
+from common.http.openapi import ANSWER, PARAMETERS, errors
+from common.http.processors import Processors
+from common.http.server import listening
+from common.messages import (
+    FIND_WORKER,
+    GENERATE,
+    WORKERS,
+    Message,
+    RouterStatus,
+    WorkersRequest,
+)
+from common.openai_api import (
+    CHAT_COMPLETIONS,
+    DESCRIBE_MODEL,
+    PROCESS,
     AssistantMessage,
     ChatCompletion,
     ChatCompletionChunk,
@@ -31,31 +45,33 @@ from common.chat import (
     Choice,
     ModelCard,
     ModelList,
-    Routing,
 )
-from common.errors import Cancelled, Internal, InvalidRequest, NotFound, Overloaded, PipelineError, Unavailable
-from common.messages import DescribeRequest, RouterStatus, Usage, WorkersRequest
-from common.program import Program, parser, run
 from common.remote import Remote
+from common.service import Service, parser, run
 
 import msgspec
-from aiohttp import web
-from aiohttp.typedefs import Handler
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from msgspec import UNSET
+from starlette.types import Message as ASGIMessage
+from starlette.types import Receive, Scope, Send
 
-log = logging.getLogger(__name__)
+ROUTER_SECONDS = 2.0  # for a router to say what it knows
 
-MAX_BODY_BYTES = 32 * 2**20  # the largest message that launch.sh lets through NATS
-MAX_DEPTH = 64  # of lists and objects in a body: more than any conversation needs, less than any library minds
-MAX_REQUEST_ID = 128
-TOO_DEEP = f"the request body is nested more than {MAX_DEPTH} levels deep"
-CLOSE_SECONDS = 1.0  # for connections that are still busy once the requests have been answered or cut off
 
-STAGES = {
-    "processor": "inference.processor.process",
-    "router": "inference.router.find_worker",
-    "engine": "inference.engine.generate",
-}
+class WorkersReport(Message):
+    """The answer of GET /workers."""
+
+    routers: list[RouterStatus]
+
+
+class Health(Message):
+    """The answer of GET /health."""
+
+    status: str
+    instances: dict[str, int]
 
 
 class Frontend:
@@ -63,301 +79,232 @@ class Frontend:
 
     def __init__(
         self,
-        program: Program,
-        processors: Remote[ChatCompletionChunk],
-        describe: Remote[ModelCard],
-        routers: Remote[RouterStatus],
-        stages: dict[str, Remote[Any]],
+        service: Service,
+        *,
+        processors: Processors,
+        routers: Remote[WorkersRequest, RouterStatus],
+        stages: Mapping[str, Remote[Any, Any]],
+        stage: Remote[ChatCompletionRequest, ChatCompletionChunk] | None = None,
     ) -> None:
-        self._program = program
+        """stages: what must have an instance for this pipeline to be healthy; stage: one of your own that requests
+        pass through before the processors."""
+        self._service = service
         self._processors = processors
-        self._describe = describe
         self._routers = routers
         self._stages = stages
+        self._stage = stage
 
-    def app(self) -> web.Application:
-        """The HTTP server's routes."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[answers_in_json])
-        app.on_response_prepare.append(add_request_id)
-        app.router.add_post("/v1/chat/completions", self.post_chat_completions)
-        app.router.add_get("/v1/models", self.get_models)
-        app.router.add_get("/workers", self.get_workers)
-        app.router.add_get("/health", self.get_health)
-        app.router.add_get("/live", self.get_live)
-        return app
+    def app(self, cors_origins: Sequence[str] = ()) -> Exchanges:
+        """The HTTP application."""
+        app = FastAPI(title="Inference pipeline", description=__doc__)
+        app.router.route_class = JsonRoute
+        add_error_handlers(app)
+        app.add_api_route(
+            "/v1/chat/completions",
+            self.post_chat_completions,
+            methods=["POST"],
+            response_model=ChatCompletion,
+            responses={**ANSWER, **errors(400, 404, 413, 429, 500, 503)},
+            openapi_extra=PARAMETERS,
+        )
+        app.add_api_route("/v1/models", self.get_models)
+        app.add_api_route("/v1/models/{model:path}", self.get_model, responses=errors(404, 503))
+        app.add_api_route("/workers", self.get_workers, responses=errors(503))
+        app.add_api_route("/health", self.get_health, response_model=Health, responses={503: {"model": Health}})
+        app.add_api_route("/live", self.get_live)
+        if cors_origins:
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "x-worker-id", "x-kv-overlap-blocks", "retry-after"],
+            )
+        return Exchanges(app, self._service.in_progress)
 
     async def chat_completions(
-        self, request: dict[str, object], context: Context
+        self, completion_request: ChatCompletionRequest, context: Context
     ) -> AsyncGenerator[ChatCompletionChunk]:
-        """Yield the answer to a chat completion request, chunk by chunk; a last chunk has the usage."""
+        """Yield the answer to a chat completion request, chunk by chunk; a last chunk has the usage.
+
+        Raises PipelineError, as `Processors.find` and `Remote.stream` do.
+        """
+        if self._service.stopping:
+            raise Unavailable("this server is being stopped; try again in a moment")
+        found = await self._processors.find(completion_request.model)
+        if self._stage:
+            stream = self._stage.stream(completion_request, context)
+        else:
+            stream = self._processors.process.stream(completion_request, context, list(found))
         try:
-            async with aclosing(self._processors.stream(request, context)) as chunks:
+            async with aclosing(stream) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except Cancelled as error:
-            if self._program.stopping:
+            if self._service.stopping:
                 raise Unavailable("this server is being stopped and could not wait for the rest") from error
             raise
 
-    async def post_chat_completions(self, http: web.Request) -> web.StreamResponse:
-        context = Context(http["context_id"], {"x-request-id": http["request_id"]})
-        with self._program.in_progress(context):
-            body = await json_body(http)
-            request = ChatCompletionRequest.parse(body)
-            record = Record(http["request_id"])
-            try:
-                async with aclosing(record.watch(self.chat_completions(body, context))) as chunks:
-                    if request.stream:
-                        return await send_events(http, request, chunks)
-                    return await send_whole(chunks)
-            except BaseException as error:
-                record.error = error
-                raise
-            finally:
-                context.stop_generating()
-                record.write()
+    async def post_chat_completions(
+        self,
+        request: Request,
+        completion_request: ChatCompletionRequest,
+    ) -> Response:
+        """Answer a conversation, as OpenAI's API does."""
+        exchange = Exchange.of(request)
+        chunks = self.chat_completions(completion_request, exchange.context)
+        try:
+            async with exchange.stopped_on_disconnect(request):
+                exchange.note(first := await anext(chunks))
+                if not completion_request.stream:
+                    completion = await collect(first, chunks, exchange)
+                    return JSONResponse(completion.model_dump(), headers=exchange.routing_headers)
+        except StopAsyncIteration:
+            raise Internal("the processor answered nothing") from None
+        return EventStream(first, chunks, exchange, include_usage=completion_request.include_usage)
 
-    async def get_models(self, http: web.Request) -> web.Response:
-        card = await self._describe.call(DescribeRequest())
-        return json_response(ModelList(data=[card]))
+    async def get_models(self) -> ModelList:
+        """The models of all processors."""
+        return ModelList(data=await self._processors.models())
 
-    async def get_workers(self, http: web.Request) -> web.Response:
+    async def get_model(self, model: str) -> ModelCard:
+        """One of them."""
+        return next(iter((await self._processors.find(model)).values()))
+
+    async def get_workers(self) -> WorkersReport:
         """What each router knows of the workers."""
         instances = self._routers.instance_ids()
         if not instances:
-            raise Unavailable("no router is running; try again in a moment")
-        calls = (self._routers.call(WorkersRequest(), instance_id) for instance_id in instances)
-        return json_response({"routers": await asyncio.gather(*calls)})
+            raise Unavailable("no router is running; try again in a moment", code="no_router")
+        answers = await asyncio.gather(*map(self._ask_router, instances))
+        if not (routers := [answer for answer in answers if answer]):
+            raise Unavailable("no router answers; try again in a moment", code="no_router")
+        return WorkersReport(routers=routers)
 
-    async def get_health(self, http: web.Request) -> web.Response:
+    async def _ask_router(self, instance_id: int) -> RouterStatus | None:
+        """What one router knows; None if it does not say, because it has died or hangs."""
+        with suppress(PipelineError, TimeoutError):
+            async with asyncio.timeout(ROUTER_SECONDS):
+                return await self._routers.call(WorkersRequest(), instance_id)
+        return None
+
+    async def get_health(self) -> Response:
         """Whether a request would be answered: 200 if every stage has an instance, else 503."""
-        instances = {stage: len(remote.instance_ids()) for stage, remote in self._stages.items()}
-        healthy = all(instances.values()) and not self._program.stopping
-        body = {"status": "healthy" if healthy else "unhealthy", "instances": instances}
-        return web.json_response(body, status=200 if healthy else 503)
+        instances = {name: len(remote.instance_ids()) for name, remote in self._stages.items()}
+        healthy = all(instances.values()) and not self._service.stopping
+        health = Health(status="healthy" if healthy else "unhealthy", instances=instances)
+        return JSONResponse(health.model_dump(), 200 if healthy else 503)
 
-    async def get_live(self, http: web.Request) -> web.Response:
-        return web.json_response({"status": "live"})
-
-
-async def send_events(
-    http: web.Request, request: ChatCompletionRequest, chunks: AsyncIterator[ChatCompletionChunk]
-) -> web.StreamResponse:
-    """Write the answer as server-sent events. Once the first one is out, an error can only be one of them."""
-    include_usage = request.stream_options is not None and request.stream_options.include_usage
-    first = await anext(chunks)
-    response = web.StreamResponse(
-        headers={"content-type": "text/event-stream", "cache-control": "no-cache", **routing_headers(first)}
-    )
-    await response.prepare(http)
-    try:
-        await response.write(event(first))
-        async for chunk in chunks:
-            if chunk.choices or include_usage:
-                await response.write(event(chunk))
-        await response.write(b"data: [DONE]\n\n")
-    except PipelineError as error:
-        await response.write(event(error.body))
-    await response.write_eof()
-    return response
+    async def get_live(self) -> dict[str, str]:
+        """Whether this process runs."""
+        return {"status": "live"}
 
 
-async def send_whole(chunks: AsyncIterator[ChatCompletionChunk]) -> web.Response:
-    """Collect the answer and return it as one JSON body."""
-    first = await anext(chunks)
-    parts: list[str] = []
-    finish_reason: str | None = None
-    usage: Usage | None = None
+class EventStream(Response):
+    """The answer as server-sent events. Once the first one is out, an error can only be one of them."""
 
-    def add(chunk: ChatCompletionChunk) -> None:
-        nonlocal finish_reason, usage
-        for choice in chunk.choices:
-            parts.append(choice.delta.content or "")
-            finish_reason = choice.finish_reason or finish_reason
-        usage = chunk.usage or usage
+    def __init__(
+        self,
+        first: ChatCompletionChunk,
+        rest: AsyncIterator[ChatCompletionChunk],
+        exchange: Exchange,
+        *,
+        include_usage: bool,
+    ) -> None:
+        headers = {"content-type": "text/event-stream", "cache-control": "no-cache", **exchange.routing_headers}
+        super().__init__(headers=headers)
+        del self.headers["content-length"]
+        self._first = first
+        self._rest = rest
+        self._exchange = exchange
+        self._include_usage = include_usage
 
-    add(first)
-    async for chunk in chunks:
-        add(chunk)
-    message = AssistantMessage(content="".join(parts))
-    completion = ChatCompletion(
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        write = self._exchange.send  # past the layers of the application, of which each would cost time per event
+        self._first.routing = UNSET  # which the headers have said
+        await write(event(self._first))
+        async with self._exchange.stopped_on_disconnect(Request(scope, receive)):
+            try:
+                async for chunk in self._rest:
+                    self._exchange.note(chunk)
+                    if chunk.choices or self._include_usage:
+                        await write(event(chunk))
+                self._exchange.check_finished()
+                await write(body(b"data: [DONE]\n\n"))
+            except PipelineError as error:
+                self._exchange.error = error
+                await write(event(error.body))
+        await write(body(b"", more=False))
+
+
+async def collect(
+    first: ChatCompletionChunk, rest: AsyncIterator[ChatCompletionChunk], exchange: Exchange
+) -> ChatCompletion:
+    """The answer as one body. Raises PipelineError, as the chunks do."""
+    chunks = [first]
+    async for chunk in rest:
+        exchange.note(chunk)
+        chunks.append(chunk)
+    exchange.check_finished()
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    message = AssistantMessage(content="".join(choice.delta.content or "" for choice in choices))
+    return ChatCompletion(
         id=first.id,
         created=first.created,
         model=first.model,
-        choices=[Choice(message=message, finish_reason=finish_reason)],
-        usage=usage,
+        choices=[Choice(message=message, finish_reason=exchange.finish_reason)],
+        usage=exchange.usage,
     )
-    return json_response(completion, headers=routing_headers(first))
 
 
-class Record:
-    """What the log says about a request, in one line."""
-
-    def __init__(self, request_id: str) -> None:
-        self._request_id = request_id
-        self._began = time.perf_counter()
-        self._first: float | None = None
-        self._routing: Routing | None = None
-        self._usage: Usage | None = None
-        self._finish_reason: str | None = None
-        self.error: BaseException | None = None
-
-    async def watch(self, chunks: AsyncGenerator[ChatCompletionChunk]) -> AsyncGenerator[ChatCompletionChunk]:
-        """Pass the chunks on, and remember what they say."""
-        async with aclosing(chunks):
-            try:
-                async for chunk in chunks:
-                    self._note(chunk)
-                    yield chunk
-            except PipelineError as error:
-                self.error = error
-                raise
-
-    def _note(self, chunk: ChatCompletionChunk) -> None:
-        if self._first is None:
-            self._first = time.perf_counter()
-        self._routing = chunk.routing or self._routing
-        self._usage = chunk.usage or self._usage
-        for choice in chunk.choices:
-            self._finish_reason = choice.finish_reason or self._finish_reason
-
-    def write(self) -> None:
-        """Log the request as key=value pairs."""
-        status = 200 if self.error is None else getattr(self.error, "http_status", 499)
-        fields: dict[str, object] = {"request_id": self._request_id, "status": status}
-        if self._routing:
-            fields |= {"worker": self._routing.worker_id, "overlap_blocks": self._routing.overlap_blocks}
-        if self._usage:
-            fields["prompt_tokens"] = self._usage.prompt_tokens
-            if self._usage.prompt_tokens_details:
-                fields["cached_tokens"] = self._usage.prompt_tokens_details.cached_tokens
-            fields["completion_tokens"] = self._usage.completion_tokens
-        if self._finish_reason:
-            fields["finish_reason"] = self._finish_reason
-        if self._first is not None:
-            fields["ttft_ms"] = round((self._first - self._began) * 1000, 1)
-        fields["duration_ms"] = round((time.perf_counter() - self._began) * 1000, 1)
-        if isinstance(self.error, PipelineError):
-            fields["error"] = json.dumps(self.error.message)
-        log.info("request %s", " ".join(f"{name}={value}" for name, value in fields.items()))
+def event(data: object) -> ASGIMessage:
+    """A server-sent event, as a part of a response's body."""
+    return body(b"data: " + msgspec.json.encode(data) + b"\n\n")
 
 
-def event(data: object) -> bytes:
-    """A server-sent event."""
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
-
-
-def json_response(data: object, **options: Any) -> web.Response:
-    return web.Response(body=msgspec.json.encode(data), content_type="application/json", **options)
-
-
-def routing_headers(chunk: ChatCompletionChunk) -> dict[str, str]:
-    """The response headers that say who answers, taken out of the first chunk."""
-    routing, chunk.routing = chunk.routing, msgspec.UNSET
-    if not routing:
-        return {}
-    return {"x-worker-id": routing.worker_id, "x-kv-overlap-blocks": str(routing.overlap_blocks)}
-
-
-async def json_body(http: web.Request) -> dict[str, object]:
-    try:
-        body = msgspec.json.decode(await http.read(), type=dict[str, object])
-    except web.RequestPayloadError as error:
-        raise InvalidRequest("the request body is not encoded as content-encoding or transfer-encoding say") from error
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"the request body must be a JSON object: {error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the request body is not valid JSON: {error}") from error
-    except RecursionError as error:
-        raise InvalidRequest(TOO_DEEP) from error
-    check_portable(body)
-    return body
-
-
-def check_portable(value: object, depth: int = MAX_DEPTH) -> None:
-    """Raises InvalidRequest for JSON that no message can carry."""
-    if isinstance(value, dict | list):
-        if not depth:
-            raise InvalidRequest(TOO_DEEP)
-        for child in value.values() if isinstance(value, dict) else value:
-            check_portable(child, depth - 1)
-    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
-        raise InvalidRequest("the request body has an integer of more than 64 bits")
-
-
-def request_id_of(http: web.Request) -> str:
-    """The caller's id for this request, or a new one."""
-    request_id = http.headers.get("x-request-id", "")
-    if len(request_id) > MAX_REQUEST_ID or not request_id.isascii() or not (request_id + "x").isprintable():
-        raise InvalidRequest(f"x-request-id must be at most {MAX_REQUEST_ID} printable ASCII characters")
-    return request_id or str(http["context_id"])
-
-
-@web.middleware
-async def answers_in_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Give every request an id, and every error OpenAI's body."""
-    # The runtime tells requests apart by their context's id, so that is never the caller's choice.
-    request["context_id"] = request["request_id"] = uuid.uuid4().hex
-    try:
-        request["request_id"] = request_id_of(request)
-        return await handler(request)
-    except PipelineError as error:
-        retry = {"retry-after": "1"} if isinstance(error, (Unavailable, Overloaded)) else {}
-        return web.json_response(error.body, status=error.http_status, headers=retry)
-    except web.HTTPException as error:
-        kind = NotFound if error.status == 404 else InvalidRequest
-        body = kind(f"{request.method} {request.path}: {error.reason}").body
-        return web.json_response(body, status=error.status)
-    except ConnectionError:  # the client hung up while we wrote
-        raise
-    except Exception as error:
-        log.exception("request %s failed", request["request_id"])
-        return web.json_response(Internal(f"{type(error).__name__}: {error}").body, status=500)
-
-
-async def add_request_id(http: web.Request, response: web.StreamResponse) -> None:
-    # aiohttp answers an Expect header that it does not know before any middleware runs.
-    response.headers["x-request-id"] = http.get("request_id") or uuid.uuid4().hex
-
-
-@asynccontextmanager
-async def listening(app: web.Application, host: str, port: int) -> AsyncIterator[None]:
-    """Serve HTTP while the block runs."""
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=CLOSE_SECONDS)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, host, port).start()
-    except (OSError, OverflowError) as error:  # the latter is said of a port that no machine has
-        raise SystemExit(f"cannot listen on {host}:{port} (--host, --port): {error}") from error
-    log.info("listening on http://%s:%d", host, port)
-    try:
-        yield
-    finally:
-        await runner.cleanup()
+def body(part: bytes, *, more: bool = True) -> ASGIMessage:
+    """A part of a response's body, with more to follow or not."""
+    return {"type": "http.response.body", "body": part, "more_body": more}
 
 
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
-    processors = await Remote.connect(runtime, args.processor, ChatCompletionChunk)
-    describe = await Remote.connect(runtime, "inference.processor.describe", ModelCard)
-    routers = await Remote.connect(runtime, "inference.router.workers", RouterStatus)
-    paths = STAGES | {"processor": args.processor}
-    stages = {stage: await Remote.connect(runtime, path, object) for stage, path in paths.items()}
-    program = Program(runtime, args)
-    frontend = Frontend(program, processors, describe, routers, stages)
-    # Around the program: while that waits for the requests in progress, they still have their connections.
-    async with listening(frontend.app(), args.host, args.port), program:
-        program.add("inference.frontend.chat_completions", frontend.chat_completions, dict[str, object])
-        await program.serve()
-        await program.needs(*stages.values())
-        await program.stopped()
+    endpoint = runtime.endpoint(CHAT_COMPLETIONS.path)
+    process = Remote(PROCESS, await runtime.endpoint(PROCESS.path).client())
+    describe = Remote(DESCRIBE_MODEL, await runtime.endpoint(DESCRIBE_MODEL.path).client())
+    workers = Remote(WORKERS, await runtime.endpoint(WORKERS.path).client())
+    router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
+    engine = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())
+    stages: dict[str, Remote[Any, Any]] = {"processor": process, "router": router, "engine": engine}
+    stage = None
+    if args.processor != PROCESS.path:
+        client = await runtime.endpoint(args.processor).client()
+        stage = stages[args.processor] = Remote(PROCESS.at(args.processor), client)
+    service = Service(runtime, drain_seconds=args.drain_seconds)
+    processors = Processors(process, describe)
+    frontend = Frontend(service, processors=processors, routers=workers, stages=stages, stage=stage)
+    # Around the service: while that waits for the requests in progress, they still have their connections.
+    async with listening(frontend.app(args.cors_origin), args.host, args.port), service:
+        service.add(endpoint, CHAT_COMPLETIONS, frontend.chat_completions)
+        await service.serve()
+        await service.wait_for(*stages.values())
+        await service.stopped()
 
 
-if __name__ == "__main__":
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
     options = parser(__doc__)
     options.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     options.add_argument("--port", type=int, default=8000)
     options.add_argument(
-        "--processor", default=STAGES["processor"], help="endpoint that gets the requests, to put a stage in between"
+        "--processor", default=PROCESS.path, help="endpoint that gets the requests, to put a stage in between"
     )
-    run(main, options.parse_args())
+    options.add_argument(
+        "--cors-origin", action="append", default=[], help="origin whose pages may call this server; * for all"
+    )
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, arguments().parse_args()))

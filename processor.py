@@ -7,7 +7,8 @@ For each request it renders the model's chat template, tokenizes, asks the route
 worker, and turns them back into text up to a stop string. If the worker dies on the way, another one continues from the
 last token.
 
-It knows nothing about HTTP, and of the workers only what the router tells it.
+It knows nothing about HTTP, and of the workers only what the router tells it. It serves one model; for several, run
+several.
 
 In production Dynamo this is the preprocessor, the backend and the migration operator (lib/llm/src/preprocessor.rs,
 backend.rs and migration.rs), which are stages of the frontend's process.
@@ -15,28 +16,43 @@ backend.rs and migration.rs), which are stages of the frontend's process.
 
 import argparse
 import asyncio
+import hashlib
 import logging
+import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
-from common.chat import ChatCompletionChunk, ChatCompletionRequest, ChunkChoice, Delta, ModelCard, Routing
-from common.detokenizer import Detokenizer
 from common.errors import Cancelled, Internal, InvalidRequest, NotFound, Unavailable
 from common.messages import (
+    FIND_WORKER,
+    GENERATE,
     DescribeRequest,
     EngineOutput,
     FindWorkerRequest,
     GenerateRequest,
+    ModelIdentity,
     PromptTokensDetails,
     RoutingDecision,
     StopConditions,
     Usage,
 )
-from common.model import Agreement, ChatModel, add_options, locate
-from common.program import Program, parser, request_id, run
+from common.model import add_options, identify, resolve_model
+from common.openai_api import (
+    DESCRIBE_MODEL,
+    PROCESS,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChunkChoice,
+    Delta,
+    ModelCard,
+    Routing,
+)
 from common.remote import Remote
-from common.stop_strings import StopStrings
+from common.service import Service, parser, request_id, run
+from common.text.chat_model import ChatModel
+from common.text.detokenizer import Detokenizer
+from common.text.stop_strings import StopStrings
 
 from dynamo.llm import compute_block_hash_for_seq
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
@@ -44,24 +60,59 @@ from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 log = logging.getLogger(__name__)
 
 MIGRATIONS = 3  # times that a request may move to another worker
-ROUTER_PATIENCE = 5.0  # seconds to wait for a router that is restarting
+ROUTER_SECONDS = 5.0  # to wait for a router that is restarting
+THREAD_CHARACTERS = 4096  # a conversation from this length on is encoded beside the event loop
+MAX_SESSION = 128  # characters of a session's name that routers keep; a longer one is hashed
+
+
+class Generation:
+    """The tokens of one request: its prompt, the answer so far, and the workers that failed it."""
+
+    def __init__(self, request: ChatCompletionRequest, prompt: list[int]) -> None:
+        self.request = request
+        self.tokens = list(prompt)
+        self.prompt_tokens = len(prompt)
+        self.decision: RoutingDecision | None = None  # who answers now
+        self.failed: list[int] = []
+        self.finished = False
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - self.prompt_tokens
+
+    def add(self, output: EngineOutput) -> None:
+        """Take in what a worker says."""
+        self.tokens += output.token_ids
+        self.finished = output.finish_reason is not None
+
+    def limit(self, context_length: int) -> int:
+        """How many tokens the answer may have. Raises InvalidRequest if the context does not hold them."""
+        wanted = self.request.token_limit or 1
+        if self.prompt_tokens + wanted > context_length:
+            raise InvalidRequest(
+                f"This model's maximum context length is {context_length} tokens. However, you requested "
+                f"{self.prompt_tokens + wanted} tokens ({self.prompt_tokens} in the messages, {wanted} in the "
+                "completion). Please reduce the length of either.",
+                code="context_length_exceeded",
+                param="messages",
+            )
+        return self.request.token_limit or context_length - self.prompt_tokens
 
 
 class Processor:
-    """Answers chat completion requests."""
+    """Answers chat completion requests for one model."""
 
     def __init__(
         self,
         model: ChatModel,
-        agreement: Agreement,
-        router: Remote[RoutingDecision],
-        engines: Remote[EngineOutput],
+        identity: ModelIdentity,
         *,
-        send_tokens: bool,
+        router: Remote[FindWorkerRequest, RoutingDecision],
+        engines: Remote[GenerateRequest, EngineOutput],
     ) -> None:
         self._model = model
-        self._agreement = agreement
-        self._send_tokens = send_tokens
+        self._identity = identity
         self._router = router
         self._engines = engines
         self._created = int(time.time())
@@ -70,87 +121,96 @@ class Processor:
         """Yield the card of the model."""
         yield ModelCard(id=self._model.name, created=self._created, context_length=self._model.context_length)
 
-    async def process(self, body: dict[str, object], context: Context) -> AsyncIterator[ChatCompletionChunk]:
-        """Yield the answer to a chat completion request, chunk by chunk; a last chunk has the usage."""
-        request = ChatCompletionRequest.parse(body)
+    async def process(self, request: ChatCompletionRequest, context: Context) -> AsyncIterator[ChatCompletionChunk]:
+        """Yield the answer to a chat completion request, chunk by chunk; a last chunk has the usage.
+
+        Raises NotFound for another model, InvalidRequest for what does not fit into it, Unavailable if no router or
+        worker is left, Internal if a worker breaks the protocol.
+        """
         if request.model != self._model.name:
             raise NotFound(
-                f"the model {request.model!r} does not exist; this pipeline serves {self._model.name!r}",
+                f"the model {request.model!r} does not exist; this processor serves {self._model.name!r}",
                 code="model_not_found",
                 param="model",
             )
-        prompt = await asyncio.to_thread(self._model.encode, request.messages)
+        prompt = await self._encode(request)
+        generation = Generation(request, prompt)
         answer = Answer(self._model, request, context.id(), len(prompt))
-        async with aclosing(self._generate(request, prompt, context)) as outputs:
-            async for decision, output in outputs:
-                if chunk := answer.add(decision, output):
+        async with aclosing(self._generate(generation, context)) as outputs:
+            async for output in outputs:
+                if chunk := answer.add(output, generation.decision):
                     yield chunk
                 if answer.finish_reason:
                     break
         yield answer.usage()
+        counts = f"prompt_tokens={len(prompt)} completion_tokens={answer.tokens} migrations={len(generation.failed)}"
+        log.info("request_id=%s finish_reason=%s %s", request_id(context), answer.finish_reason, counts)
 
-    async def _generate(
-        self, request: ChatCompletionRequest, prompt: list[int], context: Context
-    ) -> AsyncGenerator[tuple[RoutingDecision, EngineOutput]]:
-        """Yield what the worker generates; if it fails, what another one generates from there on."""
-        tokens = list(prompt)
-        failed: list[int] = []
-        while True:
-            async with self._router.open(self._find_worker(tokens, failed), patience=ROUTER_PATIENCE) as decision:
-                limit = self._token_limit(request, len(prompt), decision)
-                generate = self._engine_request(request, tokens, limit - (len(tokens) - len(prompt)))
-                try:
-                    async with aclosing(self._engines.stream(generate, context, decision.instance_id)) as outputs:
-                        async for output in outputs:
-                            if output.finish_reason == "cancelled":
-                                break
-                            tokens += output.token_ids
-                            yield decision, output
-                            if output.finish_reason:
-                                return
-                    if context.is_stopped():
-                        raise Cancelled("the caller went away")
-                    raise Unavailable(f"worker {decision.worker_id} stopped in the middle of an answer")
-                except Unavailable as error:
-                    failed.append(decision.instance_id)
-                    if len(failed) > MIGRATIONS:
-                        raise
-                    message = "request %s leaves worker %s after %d tokens: %s"
-                    log.warning(
-                        message, request_id(context), decision.worker_id, len(tokens) - len(prompt), error.message
-                    )
-            if len(tokens) - len(prompt) >= limit:  # only the word that it is finished was lost
-                yield decision, EngineOutput(finish_reason="length")
-                return
+    async def _encode(self, request: ChatCompletionRequest) -> list[int]:
+        """The prompt's token ids. A short one is encoded before a thread would have begun."""
+        if sum(len(message.text) for message in request.messages) < THREAD_CHARACTERS:
+            return self._model.encode(request.messages)
+        return await asyncio.to_thread(self._model.encode, request.messages)
 
-    def _find_worker(self, tokens: list[int], failed: list[int]) -> FindWorkerRequest:
+    async def _generate(self, generation: Generation, context: Context) -> AsyncGenerator[EngineOutput]:
+        """Yield what a worker generates; if it fails, what another one generates from there on."""
+        while not generation.finished:
+            wanted = self._find_worker(generation, context)
+            async with self._router.open(wanted, context, retry_seconds=ROUTER_SECONDS) as decision:
+                generation.decision = decision
+                async with aclosing(self._attempt(generation, decision, context)) as outputs:
+                    async for output in outputs:
+                        yield output
+
+    async def _attempt(
+        self, generation: Generation, decision: RoutingDecision, context: Context
+    ) -> AsyncGenerator[EngineOutput]:
+        """Yield what this worker generates. If it fails on the way, that is noted in `generation`."""
+        limit = generation.limit(min(self._model.context_length, decision.context_length or sys.maxsize))
+        if generation.generated >= limit:  # only the word that the answer is finished was lost
+            generation.finished = True
+            yield EngineOutput(finish_reason="length")
+            return
+        request = self._generate_request(generation, limit - generation.generated)
+        try:
+            async with aclosing(self._engines.stream(request, context, [decision.instance_id])) as outputs:
+                async for output in outputs:
+                    if output.finish_reason == "cancelled":
+                        raise _gave_up(decision, context)
+                    if output.finish_reason:
+                        output.finish_reason = _finish_reason(output.finish_reason)
+                    generation.add(output)
+                    yield output
+                    if generation.finished:
+                        return
+            if context.is_stopped():
+                raise Cancelled("the caller went away")
+            raise Internal("it ended its stream without a finish_reason")
+        except Unavailable as error:
+            generation.failed.append(decision.instance_id)
+            message = "request_id=%s migrates from worker %s after %d tokens: %s"
+            log.warning(message, request_id(context), decision.worker_id, generation.generated, error)
+            if len(generation.failed) > MIGRATIONS:
+                raise
+        except Internal as error:
+            raise Internal(f"worker {decision.worker_id} failed: {error}") from error
+
+    def _find_worker(self, generation: Generation, context: Context) -> FindWorkerRequest:
+        request, metadata = generation.request, context.metadata
         return FindWorkerRequest(
-            block_hashes=compute_block_hash_for_seq(tokens, self._agreement.block_size),
-            tokens=len(tokens),
-            block_size=self._agreement.block_size,
-            model=self._agreement.model,
-            tokenizer=self._agreement.tokenizer,
-            token_ids=tokens if self._send_tokens else None,
-            excluded=failed,
+            model=self._identity,
+            local_hashes=compute_block_hash_for_seq(generation.tokens, self._identity.block_size),
+            tokens=len(generation.tokens),
+            request_id=request_id(context),
+            session=_session(metadata.get("x-session-id") or request.prompt_cache_key or request.user),
+            priority=_priority(metadata.get("x-priority") or "0"),
+            excluded=generation.failed,
         )
 
-    def _token_limit(self, request: ChatCompletionRequest, prompt_tokens: int, decision: RoutingDecision) -> int:
-        """How many tokens the answer may have. Raises InvalidRequest if the worker cannot hold so many."""
-        context_length = min(self._model.context_length, decision.context_length or self._model.context_length)
-        asked = request.token_limit or 1
-        if prompt_tokens + asked > context_length:
-            raise InvalidRequest(
-                f"This model's maximum context length is {context_length} tokens. However, you requested "
-                f"{prompt_tokens + asked} tokens ({prompt_tokens} in the messages, {asked} in the completion). "
-                "Please reduce the length of either.",
-                code="context_length_exceeded",
-                param="messages",
-            )
-        return request.token_limit or context_length - prompt_tokens
-
-    def _engine_request(self, request: ChatCompletionRequest, tokens: list[int], max_tokens: int) -> GenerateRequest:
+    def _generate_request(self, generation: Generation, max_tokens: int) -> GenerateRequest:
+        request = generation.request
         return GenerateRequest(
-            token_ids=tokens,
+            token_ids=generation.tokens,
             model=self._model.name,
             stop_conditions=StopConditions(max_tokens=max_tokens, ignore_eos=request.ignore_eos),
             sampling_options=self._model.sampling(
@@ -177,46 +237,50 @@ class Answer:
         self._id = f"chatcmpl-{request_id}"
         self._created = int(time.time())
         self._prompt_tokens = prompt_tokens
-        self._tokens = 0
         self._prompt_details: PromptTokensDetails | None = None  # some workers say nothing of it
         self._begun = False
+        self.tokens = 0
         self.finish_reason: str | None = None
 
-    def add(self, decision: RoutingDecision, output: EngineOutput) -> ChatCompletionChunk | None:
-        """The chunk for an engine's output; None if no character is complete yet. Sets `finish_reason` at the end."""
+    def add(self, output: EngineOutput, decision: RoutingDecision | None) -> ChatCompletionChunk | None:
+        """The chunk for an engine's output; None if no character is complete yet. Sets `finish_reason` at the end.
+
+        decision: who answers, which the first chunk says.
+        """
         if not self._begun and output.completion_usage:
-            self._prompt_details = output.completion_usage.prompt_tokens_details
+            self._prompt_details = Usage.received(output.completion_usage).prompt_tokens_details
         text = "".join(map(self._add_token, output.token_ids))
         if self._stops.found:
             self.finish_reason = "stop"
         elif output.finish_reason:
-            self.finish_reason = _finish_reason(output.finish_reason)
+            self.finish_reason = str(output.finish_reason)
             text += self._stops.add(self._detokenizer.flush())
             text += self._stops.flush()
         if not (text or self.finish_reason) and self._begun:
             return None
         delta = Delta(content=text) if self._begun else Delta(role="assistant", content=text)
         chunk = self._chunk([ChunkChoice(delta=delta, finish_reason=self.finish_reason)])
-        if not self._begun:
+        if not self._begun and decision:
             chunk.routing = Routing(worker_id=decision.worker_id, overlap_blocks=decision.overlap_blocks)
-            self._begun = True
+        self._begun = True
         return chunk
 
     def usage(self) -> ChatCompletionChunk:
         """The chunk that follows the answer."""
-        chunk = self._chunk([])
-        chunk.usage = Usage(
+        usage = Usage(
             prompt_tokens=self._prompt_tokens,
-            completion_tokens=self._tokens,
-            total_tokens=self._prompt_tokens + self._tokens,
+            completion_tokens=self.tokens,
+            total_tokens=self._prompt_tokens + self.tokens,
             prompt_tokens_details=self._prompt_details,
         )
+        chunk = self._chunk([])
+        chunk.usage = usage.encode()
         return chunk
 
     def _add_token(self, token_id: int) -> str:
         if self._stops.found:  # the engine was faster than we
             return ""
-        self._tokens += 1
+        self.tokens += 1
         return "" if token_id in self._ends else self._stops.add(self._detokenizer.add(token_id))
 
     def _chunk(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
@@ -224,36 +288,60 @@ class Answer:
 
 
 def _finish_reason(reason: str | dict[str, object]) -> str:
-    """A worker's reason to end, as OpenAI names it."""
+    """A worker's reason to end, as OpenAI names it. Raises Internal if it is a failure."""
     match reason:
         case "stop" | "eos":
             return "stop"
         case "length" | "content_filter":
             return str(reason)
         case _:
-            raise Internal(f"the worker failed: {reason}")
+            raise Internal(f"it ended with {reason}")
+
+
+def _session(name: str | None) -> str | None:
+    """A session's name as routers keep it."""
+    if name is None or len(name) <= MAX_SESSION:
+        return name
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _priority(text: str) -> int:
+    """A request's priority. Raises InvalidRequest if it is none."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InvalidRequest("x-priority must be an integer", param="x-priority") from error
+
+
+def _gave_up(decision: RoutingDecision, context: Context) -> Cancelled | Unavailable:
+    """Why a worker ended a request before its time."""
+    if context.is_stopped():
+        return Cancelled("the caller went away")
+    return Unavailable(f"worker {decision.worker_id} stopped in the middle of an answer")
 
 
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
-    located = locate(args.model)
-    agreement = Agreement.of(located, args)
-    model = ChatModel(located, agreement.model)
-    router = await Remote.connect(runtime, "inference.router.find_worker", RoutingDecision)
-    engines = await Remote.connect(runtime, "inference.engine.generate", EngineOutput)
-    processor = Processor(model, agreement, router, engines, send_tokens=args.send_tokens)
-    async with Program(runtime, args) as program:
-        program.add("inference.processor.describe", processor.describe, DescribeRequest)
-        program.add("inference.processor.process", processor.process, dict[str, object])
-        await program.serve()
-        await program.needs(router, engines)
-        await program.stopped()
+    resolved = resolve_model(args.model)
+    identity = identify(resolved, name=args.model_name, block_size=args.block_size)
+    describe, process = runtime.endpoint(DESCRIBE_MODEL.path), runtime.endpoint(PROCESS.path)
+    router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
+    engines = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())
+    processor = Processor(ChatModel(resolved, identity.name), identity, router=router, engines=engines)
+    async with Service(runtime, drain_seconds=args.drain_seconds) as service:
+        service.add(describe, DESCRIBE_MODEL, processor.describe)
+        service.add(process, PROCESS, processor.process)
+        await service.serve()
+        await service.wait_for(router, engines)
+        await service.stopped()
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    options = parser(__doc__)
+    add_options(options)
+    return options
 
 
 if __name__ == "__main__":
-    options = parser(__doc__)
-    add_options(options)
-    options.add_argument(
-        "--send-tokens", action="store_true", help="send the router the prompt too, which its --policy dynamo needs"
-    )
-    run(main, options.parse_args())
+    sys.exit(run(main, arguments().parse_args()))

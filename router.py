@@ -4,34 +4,56 @@
     inference.router.workers        what this router knows of each worker
 
 It keeps two pictures of each engine: which blocks are in its KV cache, from the events that the engine publishes on
-ZMQ (common/membership.py), and how busy it is, from the requests sent there (a decision counts until its stream ends)
-and from what the engine publishes itself (common/worker.py). How it weighs the two is in common/policy.py.
+ZMQ (common/routing/membership.py), and how busy it is, from the requests sent there (a decision counts until its stream
+ends) and from what the engine publishes itself (common/routing/worker.py). How it weighs the two is in
+common/routing/policy.py.
 
-It knows nothing about text, tokens or answers: prompts come as hashes, and answers do not pass through it.
+It knows nothing about models, text, tokens or answers: prompts come as hashes, a worker fits if it and the request name
+the same model, and answers do not pass through here.
 
 In production Dynamo this is `KvRouter` (lib/kv-router and lib/llm/src/kv_router), a Rust library inside the frontend.
-`--policy dynamo` runs that one here.
+`--policy dynamo` runs its scheduler here.
 """
 
 import argparse
-import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import fields
+from typing import Protocol
 
-from common.errors import InvalidRequest, Unavailable
-from common.fleet import Fleet
-from common.kv_router import DynamoPolicy
-from common.membership import Membership
-from common.messages import FindWorkerRequest, RouterStatus, RoutingDecision, WorkerCost, WorkersRequest
-from common.model import Agreement, add_options, locate
-from common.overlap_watch import OverlapWatch
-from common.policy import POLICIES, Candidate, Weights, choose, kv
-from common.prefix_index import path
-from common.program import Program, parser, run
-from common.worker import Prompt
+from common.messages import (
+    CACHE,
+    DESCRIBE_WORKER,
+    FIND_WORKER,
+    GENERATE,
+    WORKERS,
+    FindWorkerRequest,
+    RouterStatus,
+    RoutingDecision,
+    WorkerCost,
+    WorkersRequest,
+)
+from common.prefix_index import sequence_hashes
+from common.remote import Remote
+from common.routing.fleet import Fleet
+from common.routing.membership import Membership
+from common.routing.overlap_watch import OverlapWatch
+from common.routing.policy import POLICIES, Candidate, LowestCost, Weights
+from common.routing.worker import Prompt
+from common.service import Service, first_of, parser, run
 
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
+
+log = logging.getLogger(__name__)
+
+
+class Chooser(Protocol):
+    """Chooses a worker, and counts the prompt as its load for as long as the block runs."""
+
+    def lease(self, candidates: Sequence[Candidate]) -> AbstractAsyncContextManager[Candidate]: ...
 
 
 class Router:
@@ -41,80 +63,64 @@ class Router:
         self,
         fleet: Fleet,
         membership: Membership,
-        agreement: Agreement,
+        chooser: Chooser,
+        *,
         policy: str,
-        weights: Weights,
         instance_id: int,
-        dynamo: DynamoPolicy | None = None,
+        stopped: Callable[[], Awaitable[None]],
     ) -> None:
         self._fleet = fleet
         self._membership = membership
-        self._agreement = agreement
+        self._chooser = chooser
         self._policy = policy
-        self._weights = weights
         self._instance_id = instance_id
-        self._dynamo = dynamo
-        self._watch = OverlapWatch()
-        self.closing = asyncio.Event()
+        self._stopped = stopped
+        self._watches: defaultdict[str, OverlapWatch] = defaultdict(OverlapWatch)  # by model
 
     async def find_worker(self, request: FindWorkerRequest, context: Context) -> AsyncIterator[RoutingDecision]:
-        """Yield the decision, then hold it as load on the worker until the caller ends the stream or dies."""
-        self._check(request)
+        """Yield the decision, then hold it as load on the worker until the caller ends the stream or dies.
+
+        Raises Unavailable if no worker fits.
+        """
         await self._membership.settled()
-        prompt = Prompt(path(request.block_hashes), request.tokens / self._agreement.block_size)
-        async with self._lease(request, prompt) as found:
-            yield found
-            closing = asyncio.create_task(self.closing.wait())
-            await asyncio.wait((context.async_killed_or_stopped(), closing), return_when=asyncio.FIRST_COMPLETED)
-            closing.cancel()
-        self._watch.finished(prompt)
+        prompt = Prompt(sequence_hashes(request.local_hashes), request.tokens / request.model.block_size)
+        candidates = self._fleet.candidates(request, prompt)
+        watch = self._watches[request.model.name]
+        found = any(candidate.overlap_blocks for candidate in candidates)
+        watch.on_asked(prompt, found, [candidate.worker for candidate in candidates])
+        async with self._chooser.lease(candidates) as best:
+            self._fleet.remember(request, best.worker.instance_id)
+            overlap = f"overlap_blocks={best.overlap_blocks} of {prompt.blocks:.1f}"
+            log.info("request_id=%s worker=%s %s", request.request_id or context.id(), best.worker.name, overlap)
+            yield decision(best, candidates if request.explain else ())
+            await first_of(context.async_killed_or_stopped(), self._stopped())
+        watch.on_finished(prompt)
 
     async def workers(self, request: WorkersRequest, context: Context) -> AsyncIterator[RouterStatus]:
         """Yield what this router knows of each worker."""
-        yield RouterStatus(router=self._instance_id, policy=self._policy, workers=self._fleet.status())
-
-    def _check(self, request: FindWorkerRequest) -> None:
-        processor = Agreement(request.model, request.tokenizer, request.block_size)
-        if reason := self._agreement.misfit(processor):
-            raise InvalidRequest(
-                f"the router refuses this processor: {reason}; start both with the same --model and --block-size"
-            )
-
-    @asynccontextmanager
-    async def _lease(self, request: FindWorkerRequest, prompt: Prompt) -> AsyncIterator[RoutingDecision]:
-        """Choose a worker, and count the prompt as its load for as long as the block runs."""
-        candidates = self._candidates(request, prompt)
-        if self._dynamo and not request.excluded:
-            async with self._dynamo.lease(request, candidates) as best:
-                yield decision(best)
-            return
-        best = choose(candidates, POLICIES.get(self._policy, kv), self._weights)
-        with best.worker.lease(prompt, best.cached, best.expected):
-            yield decision(best, candidates if request.explain else ())
-
-    def _candidates(self, request: FindWorkerRequest, prompt: Prompt) -> list[Candidate]:
-        """The workers that may take the prompt. Raises Unavailable if there is none."""
-        candidates = self._fleet.candidates(prompt, request.block_hashes, request.excluded)
-        if not candidates:
-            raise Unavailable("no engine serves the model now; try again in a moment", code="no_worker")
-        self._watch.asked(prompt, any(candidate.cached for candidate in candidates), self._fleet.workers.values())
-        return candidates
+        yield RouterStatus(
+            router=self._instance_id,
+            policy=self._policy,
+            workers=self._fleet.status(),
+            unserved=list(self._fleet.unserved.values()),
+        )
 
 
 def decision(best: Candidate, reasons: Sequence[Candidate] = ()) -> RoutingDecision:
+    """The answer for the chosen candidate, with the costs of those that are to be explained."""
     return RoutingDecision(
         instance_id=best.worker.instance_id,
         worker_id=best.worker.name,
-        overlap_blocks=best.cached,
+        overlap_blocks=best.overlap_blocks,
         cost=best.cost,
         context_length=best.worker.info.context_length if best.worker.info else None,
         reasons=[
             WorkerCost(
                 worker_id=candidate.worker.name,
-                cached=candidate.cached,
-                expected=candidate.expected,
-                prefill=candidate.worker.prefill_blocks,
-                decode=candidate.worker.decode_blocks,
+                overlap_blocks=candidate.overlap_blocks,
+                expected_blocks=candidate.expected_blocks,
+                prefill_blocks=candidate.worker.prefill_blocks,
+                decode_blocks=candidate.worker.decode_blocks,
                 cost=candidate.cost,
             )
             for candidate in reasons
@@ -122,30 +128,46 @@ def decision(best: Candidate, reasons: Sequence[Candidate] = ()) -> RoutingDecis
     )
 
 
+def chooser_of(policy: str, weights: Weights, fleet: Fleet) -> Chooser:
+    """What chooses by the policy of this name."""
+    if policy == "dynamo":
+        from common.routing.dynamo_policy import DynamoPolicy
+
+        return DynamoPolicy(fleet, weights)
+    return LowestCost(POLICIES[policy], weights)
+
+
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
-    agreement = Agreement.of(locate(args.model), args)
-    weights = Weights(**{field.name: getattr(args, field.name) for field in fields(Weights)})
+    workers, find_worker = runtime.endpoint(WORKERS.path), runtime.endpoint(FIND_WORKER.path)
+    engines = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())
+    describe = Remote(DESCRIBE_WORKER, await runtime.endpoint(DESCRIBE_WORKER.path).client())
+    cache = Remote(CACHE, await runtime.endpoint(CACHE.path).client())
     fleet = Fleet()
-    membership = await Membership.connect(runtime, fleet, agreement)
-    dynamo = DynamoPolicy(runtime, agreement.block_size, weights) if args.policy == "dynamo" else None
-    instance_id = runtime.endpoint("inference.router.find_worker").connection_id()
-    router = Router(fleet, membership, agreement, args.policy, weights, instance_id, dynamo)
-    async with Program(runtime, args) as program:
-        program.add("inference.router.workers", router.workers, WorkersRequest)
-        program.add("inference.router.find_worker", router.find_worker, FindWorkerRequest)
-        program.background(membership.follow())
-        await program.serve()
-        await program.needs(membership.engines)
-        await program.stopped()
-        router.closing.set()
+    membership = Membership(fleet, engines=engines, describe=describe, cache=cache)
+    weights = Weights(**{field.name: getattr(args, field.name) for field in fields(Weights)})
+    async with Service(runtime, drain_seconds=args.drain_seconds) as service:
+        router = Router(
+            fleet,
+            membership,
+            chooser_of(args.policy, weights, fleet),
+            policy=args.policy,
+            instance_id=find_worker.connection_id(),
+            stopped=service.stopped,
+        )
+        service.add(workers, WORKERS, router.workers)
+        service.add(find_worker, FIND_WORKER, router.find_worker)
+        service.background(membership.follow())
+        await service.serve()
+        await service.wait_for(engines)
+        await service.stopped()
 
 
 def arguments() -> argparse.ArgumentParser:
+    """The command line."""
     options = parser(__doc__)
-    add_options(options)
     options.add_argument(
-        "--policy", choices=[*POLICIES, "dynamo"], default="kv", help="dynamo: its own KvRouter, to compare with"
+        "--policy", choices=[*POLICIES, "dynamo"], default="kv", help="dynamo: its own scheduler, to compare with"
     )
     weights = options.add_argument_group("weights of the policies kv and dynamo")
     weights.add_argument(
@@ -155,7 +177,7 @@ def arguments() -> argparse.ArgumentParser:
         "--prefill-load-scale", type=float, default=1.0, help="what a block to compute costs, against one to read"
     )
     weights.add_argument(
-        "--decode-load-scale", type=float, default=0.25, help="what a block to read costs; KvRouter always takes 1"
+        "--decode-load-scale", type=float, default=0.25, help="what a block to read costs; Dynamo always takes 1"
     )
     weights.add_argument(
         "--decode-active-request-weight", type=float, default=0.0, help="blocks that each request in progress costs"
@@ -167,4 +189,4 @@ def arguments() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run(main, arguments().parse_args())
+    sys.exit(run(main, arguments().parse_args()))

@@ -1,16 +1,16 @@
-"""The kinds of error that a caller can tell apart, on the wire and over HTTP.
+"""The kinds of error that a caller can tell apart, over HTTP and on their way there.
 
-Dynamo carries an exception to the caller as text, with a prefix for each hop. So a PipelineError's text is JSON behind
-a marker, and `from_exception` makes the same error of it again, however many hops it came.
+Between our programs an error travels as the last message of a stream (`Failure` in messages.py). What the runtime
+itself raises is text with a prefix for its kind; `from_exception` makes one of the kinds below of it.
 """
 
-import json
-from contextlib import suppress
 from typing import Any, ClassVar
 
-_MARKER = "PipelineError:"
-# Characters of a text: the runtime cuts what it carries at some 4,000 bytes, and JSON takes up to six for one of them.
-_MAX_MESSAGE, _MAX_PARAM = 500, 100
+_MAX_MESSAGE, _MAX_PARAM = 500, 100  # characters: a client's mistake can be as long as its request
+
+
+class StartupError(Exception):
+    """A program cannot start; the message says what to do about it. `run` prints it and ends with 1."""
 
 
 class PipelineError(Exception):
@@ -23,6 +23,7 @@ class PipelineError(Exception):
     kind: ClassVar[str] = "internal"
     http_status: ClassVar[int] = 500
     openai_type: ClassVar[str] = "server_error"
+    retry_seconds: ClassVar[int | None] = None  # after which asking again may help
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -31,14 +32,18 @@ class PipelineError(Exception):
         self.param = param and _bounded(param, _MAX_PARAM)
 
     def __str__(self) -> str:
-        fields = {"kind": self.kind, "message": self.message, "code": self.code, "param": self.param}
-        return f"{_MARKER} {json.dumps(fields, ensure_ascii=False)}"
+        return self.message
 
     @property
     def body(self) -> dict[str, Any]:
         """OpenAI's error body."""
         fields = {"message": self.message, "type": self.openai_type, "param": self.param, "code": self.code}
         return {"error": fields}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The HTTP headers that go with it."""
+        return {} if self.retry_seconds is None else {"retry-after": str(self.retry_seconds)}
 
 
 class InvalidRequest(PipelineError):
@@ -62,14 +67,20 @@ class Overloaded(PipelineError):
     kind = "overloaded"
     http_status = 429
     openai_type = "rate_limit_error"
+    retry_seconds = 1
 
 
 class Unavailable(PipelineError):
-    """Nobody serves this now, or who did has died."""
+    """Nobody serves this now, or whoever did has died."""
 
     kind = "unavailable"
     http_status = 503
     openai_type = "service_unavailable"
+    retry_seconds = 1
+
+
+class Unreachable(Unavailable):
+    """Nobody took the request, or whoever did has died before it answered: asking another one may help at once."""
 
 
 class Cancelled(PipelineError):
@@ -84,16 +95,16 @@ class Internal(PipelineError):
     """A fault of this pipeline."""
 
 
-_KINDS: dict[str, type[PipelineError]] = {
+KINDS: dict[str, type[PipelineError]] = {
     kind.kind: kind for kind in (InvalidRequest, NotFound, Overloaded, Unavailable, Cancelled, Internal)
 }
 
-# How Dynamo's runtime begins the text of its own errors and of those that other workers raise.
+# How the text of the runtime's own errors begins, and of what a worker that is not ours raises.
 _RUNTIME_PREFIXES: dict[str, type[PipelineError]] = {
     "InvalidRequest:": InvalidRequest,
     "invalid type:": InvalidRequest,  # a number that MessagePack has no room for
     "NotFound:": NotFound,
-    "Unavailable:": Unavailable,
+    "Unavailable:": Unreachable,
     "Cancelled:": Cancelled,
 }
 
@@ -103,9 +114,6 @@ def from_exception(error: Exception) -> PipelineError:
     if isinstance(error, PipelineError):
         return error
     text = str(error)
-    with suppress(ValueError, KeyError):  # no such marker, or something on the way has cut what is behind it
-        fields, _ = json.JSONDecoder().raw_decode(text, text.index(_MARKER) + len(_MARKER) + 1)
-        return _KINDS[fields["kind"]](fields["message"], code=fields["code"], param=fields["param"])
     for prefix, kind in _RUNTIME_PREFIXES.items():
         if text.startswith(prefix):
             return kind(text.removeprefix(prefix).strip())

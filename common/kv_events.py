@@ -41,7 +41,7 @@ _UNSIGNED = 2**64
 class RemovedBlocks:
     """Blocks that are no longer in the cache."""
 
-    names: list[int]
+    block_ids: list[int]
 
 
 Change = StoredBlocks | RemovedBlocks | AllBlocksCleared
@@ -84,8 +84,8 @@ class KvEventStream:
                 socket.connect(address)
             live.subscribe(b"")
             if self._snapshot:
-                async for item in self._start_over(self._snapshot):
-                    yield item
+                async for update in self._read(self._snapshot):
+                    yield update
             async for item in self._catch_up(replay):
                 yield item
             self.up_to_date = True
@@ -154,8 +154,13 @@ class KvEventStream:
         return batches
 
     async def _start_over(self, snapshot: Snapshot) -> AsyncIterator[Update | Lost]:
-        """Yield the whole cache, as the worker itself knows it."""
+        """Yield that nothing holds any more, and then the whole cache."""
         yield Lost()
+        async for item in self._read(snapshot):
+            yield item
+
+    async def _read(self, snapshot: Snapshot) -> AsyncIterator[Update]:
+        """Yield the whole cache, as the worker itself knows it."""
         try:
             async for part in snapshot():
                 self._next = part.sequence + 1
@@ -183,23 +188,24 @@ class KvEventStream:
 
 
 def _change(event: BlockStored | BlockRemoved | AllBlocksCleared) -> Change:
-    """An event with the block names as the tree takes them, and the blocks' tokens hashed."""
+    """An event with block ids as the tree takes them, and the blocks' tokens hashed."""
     match event:
         case BlockStored():
-            hashes = compute_block_hash_for_seq(event.token_ids, event.block_size)
-            if len(hashes) != len(event.block_hashes):
-                raise ValueError(f"{len(event.block_hashes)} blocks with tokens for {len(hashes)}")
-            parent = None if event.parent_block_hash is None else _unsigned(event.parent_block_hash)
-            return StoredBlocks(parent=parent, names=[_unsigned(name) for name in event.block_hashes], hashes=hashes)
+            local_hashes = compute_block_hash_for_seq(event.token_ids, event.block_size)
+            block_ids = [_unsigned(block_id) for block_id in event.block_hashes]
+            if len(local_hashes) != len(block_ids):
+                raise ValueError(f"{len(block_ids)} blocks with tokens for {len(local_hashes)}")
+            parent_id = None if event.parent_block_hash is None else _unsigned(event.parent_block_hash)
+            return StoredBlocks(parent_id=parent_id, block_ids=block_ids, local_hashes=local_hashes)
         case BlockRemoved():
-            return RemovedBlocks([_unsigned(name) for name in event.block_hashes])
+            return RemovedBlocks([_unsigned(block_id) for block_id in event.block_hashes])
         case AllBlocksCleared():
             return event
 
 
-def _unsigned(name: int | bytes) -> int:
-    """A block's name as 64 bits without a sign. SGLang's have a sign, vLLM's may be longer bytes."""
-    return int.from_bytes(name[-8:], "big") if isinstance(name, bytes) else name % _UNSIGNED
+def _unsigned(block_id: int | bytes) -> int:
+    """A block's id as 64 bits without a sign. SGLang's have a sign, vLLM's may be longer bytes."""
+    return int.from_bytes(block_id[-8:], "big") if isinstance(block_id, bytes) else block_id % _UNSIGNED
 
 
 async def load_stats(address: str) -> AsyncIterator[LoadStat]:
@@ -211,16 +217,9 @@ async def load_stats(address: str) -> AsyncIterator[LoadStat]:
         socket.subscribe(b"")
         while True:
             _, _, payload = await socket.recv_multipart()
-            yield decoder.decode(payload)
-
-
-async def publish_load(address: str, stats: AsyncIterator[LoadStat]) -> None:
-    """Publish `stats` at `address`, framed as SGLang does."""
-    with zmq.asyncio.Context.instance().socket(zmq.PUB) as socket:
-        socket.set(zmq.LINGER, 0)
-        socket.bind(address)
-        sequence = 0
-        async for stat in stats:
-            body = msgspec.msgpack.encode(stat)
-            await socket.send_multipart([b"load", sequence.to_bytes(8, "big"), body])
-            sequence += 1
+            try:
+                stat = decoder.decode(payload)
+            except msgspec.DecodeError as error:
+                log.error("%s: a load report that this program does not know (%s) is ignored", address, error)
+            else:
+                yield stat

@@ -1,16 +1,144 @@
-"""Every message that crosses a process, except the OpenAI API, which is in chat.py.
+"""Every message that crosses a process, and every endpoint that takes one; the OpenAI API is in openai_api.py.
 
-On Dynamo's request plane a message travels as the plain dictionary of its structure; on ZMQ as MessagePack. Fields that
-a structure does not name are ignored when it is read, so each side can be upgraded first.
+On Dynamo's request plane a message travels as a dictionary of the fields that were given; on ZMQ as MessagePack.
+Fields that a message does not name are ignored when it is read, so either side can be upgraded first.
 """
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Generic, Literal, Protocol, Self, TypeVar
+
+from common.errors import KINDS, Internal, InvalidRequest, PipelineError, StartupError
 
 import msgspec
+from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
+
+NAMESPACE = "inference"
+
+# 64 bits, which JavaScript would round: in JSON a string.
+InstanceId = Annotated[int, PlainSerializer(str, return_type=str, when_used="json")]
 
 
-class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """Base of the structures below: built with keywords, and sent without the fields that hold their default."""
+class Message(BaseModel):
+    """Base of the messages on the request plane."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    def encode(self) -> dict[str, Any]:
+        """The message as the runtime sends it."""
+        return self.model_dump(exclude_unset=True)
+
+    @classmethod
+    def decode(cls, body: Any) -> Self:
+        """The message that came as `body`. Raises InvalidRequest, which names the first field that is wrong."""
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            field = ".".join(map(str, fault["loc"]))
+            raise InvalidRequest(f"invalid {cls.__name__}: {field}: {fault['msg']}") from error
+
+
+class TokenMessage(msgspec.Struct, kw_only=True):
+    """Base of the messages of which there is one for every few tokens. msgspec makes, sends and reads them in a tenth
+    of the time that pydantic takes, which is 9 µs for a token on its way through processor and frontend."""
+
+    def encode(self) -> dict[str, Any]:
+        """The message as the runtime sends it."""
+        encoded: dict[str, Any] = msgspec.to_builtins(self)
+        return encoded
+
+    @classmethod
+    def decode(cls, body: Any) -> Self:
+        """The message that came as `body`. Raises InvalidRequest, which names the first field that is wrong."""
+        try:
+            return msgspec.convert(body, cls)
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(f"invalid {cls.__name__}: {error}") from error
+
+
+class Wire(Protocol):
+    """What Message and TokenMessage share."""
+
+    def encode(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def decode(cls, body: Any) -> Self: ...
+
+
+Request = TypeVar("Request", bound=Wire)
+Answer = TypeVar("Answer", bound=Wire)
+
+
+@dataclass(slots=True, frozen=True)
+class EndpointSpec(Generic[Request, Answer]):
+    """What Dynamo's endpoint of this name takes, and what the stream consists of that it answers with."""
+
+    component: str
+    name: str
+    request: type[Request]
+    answer: type[Answer]
+
+    @property
+    def path(self) -> str:
+        """Its name as `runtime.endpoint` takes it."""
+        return f"{NAMESPACE}.{self.component}.{self.name}"
+
+    def at(self, path: str) -> "EndpointSpec[Request, Answer]":
+        """The same where another component serves it: at "namespace.component.endpoint" in this namespace.
+
+        Raises StartupError if that is no such path.
+        """
+        match path.split("."):
+            case [namespace, component, name] if namespace == NAMESPACE and component and name:
+                return replace(self, component=component, name=name)
+        raise StartupError(f"no endpoint is called {path!r}: give one like {NAMESPACE}.guard.process")
+
+
+class ErrorFields(Message):
+    """A PipelineError on its way through the pipeline."""
+
+    kind: str
+    message: str
+    code: str | None = None
+    param: str | None = None
+
+
+class Failure(Message):
+    """The last message of a stream that failed. A handler's exception would lose its type on the way, and the runtime
+    would print it with a traceback, although most are mistakes of a client."""
+
+    error: ErrorFields
+    # How a worker of Dynamo's protocol says it, for Dynamo's own frontend.
+    token_ids: list[int] = []
+    finish_reason: dict[str, str] | None = None
+
+    @classmethod
+    def of(cls, error: PipelineError) -> "Failure":
+        fields = ErrorFields(kind=error.kind, message=error.message, code=error.code, param=error.param)
+        return cls(error=fields, token_ids=[], finish_reason={"error": error.message})
+
+    @property
+    def exception(self) -> PipelineError:
+        kind = KINDS.get(self.error.kind, PipelineError)
+        return kind(self.error.message, code=self.error.code, param=self.error.param)
+
+
+class ModelIdentity(Message):
+    """What a request and a worker must have in common, or no prompt would ever be found in a cache."""
+
+    name: str  # what clients call the model
+    block_size: int  # tokens in a KV block
+    tokenizer: str | None = None  # its fingerprint; None if unknown
+
+    def mismatch(self, other: "ModelIdentity") -> str | None:
+        """What is different about `other`; None if nothing is."""
+        if other.name != self.name:
+            return f"serves {other.name}"
+        if other.block_size != self.block_size:
+            return f"has KV blocks of {other.block_size} tokens (--block-size)"
+        if self.tokenizer != other.tokenizer and None not in (self.tokenizer, other.tokenizer):
+            return f"has a different tokenizer, {other.tokenizer} and not {self.tokenizer} (--model)"
+        return None
 
 
 # Router: inference.router.find_worker
@@ -19,13 +147,13 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
 class FindWorkerRequest(Message):
     """Asks for the worker that should run a prompt."""
 
-    block_hashes: list[int]  # `compute_block_hash_for_seq` of the prompt: one per full block
+    model: ModelIdentity
+    local_hashes: list[int]  # `compute_block_hash_for_seq` of the prompt: of each full block, its tokens alone
     tokens: int  # the prompt's length
-    block_size: int  # tokens in a block, as used for block_hashes
-    model: str
-    tokenizer: str | None = None  # its fingerprint; None if the caller does not know
-    token_ids: list[int] | None = None  # the prompt itself, which only Dynamo's own KvRouter needs
-    excluded: list[int] = []  # instances that already failed this request
+    request_id: str | None = None
+    session: str | None = None  # requests of one session have much in common
+    priority: int = 0  # higher is more urgent
+    excluded: list[InstanceId] = []  # instances that already failed this request
     explain: bool = False  # answer with the cost of every worker
 
 
@@ -33,22 +161,25 @@ class WorkerCost(Message):
     """Why a worker was chosen or not. All in blocks."""
 
     worker_id: str
-    cached: int  # leading blocks of the prompt in its KV cache
-    expected: int  # leading blocks of the prompt in its cache or about to be computed there for another request
-    prefill: float  # waiting to be computed there
-    decode: float  # held by requests in progress there
+    overlap_blocks: int  # leading blocks of the prompt in its KV cache
+    expected_blocks: int  # leading blocks in its cache or about to be computed there for another request
+    prefill_blocks: float  # waiting to be computed there
+    decode_blocks: float  # held by requests in progress there
     cost: float
 
 
 class RoutingDecision(Message):
     """The chosen worker. It counts the request as its load until the stream that brought this message ends."""
 
-    instance_id: int
+    instance_id: InstanceId
     worker_id: str  # the worker's own name for itself, for people
     overlap_blocks: int  # leading blocks of the prompt that this worker has in its KV cache
-    cost: float  # in blocks; see cost.py
+    cost: float  # in blocks; 0 if the policy names none
     context_length: int | None = None  # tokens of prompt and answer together; None if the worker did not say
     reasons: list[WorkerCost] = []  # for each candidate, if asked to explain
+
+
+FIND_WORKER = EndpointSpec("router", "find_worker", FindWorkerRequest, RoutingDecision)
 
 
 # Router: inference.router.workers
@@ -58,33 +189,38 @@ class WorkersRequest(Message):
     """Asks a router what it knows of the workers."""
 
 
-class WorkerStatus(Message, omit_defaults=False):
+class WorkerStatus(Message):
     """What a router knows of a worker."""
 
-    instance_id: int
+    instance_id: InstanceId
     worker_id: str
-    status: str  # "joined", "silent" (announces nothing: routed to by load alone) or "refused"
-    reason: str | None = None  # why it was refused
+    status: Literal["joined", "silent", "refused"]  # silent: announces nothing, so it is routed to by load alone
+    model: ModelIdentity | None = None
+    reason: str | None = None  # why it was refused, or gets no requests
     total_blocks: int | None = None  # KV blocks that fit
     cached_blocks: int = 0  # KV blocks that it holds, by its events
     prefill_blocks: float = 0.0  # waiting to be computed
     decode_blocks: float = 0.0  # held by requests in progress
     requests: int = 0  # in progress, of those that this router sent there
     routed_requests: int = 0  # that this router sent there since the worker joined
-    routed_blocks: float = 0.0  # of their prompts,
-    overlap_blocks: int = 0  # and of those, the ones that were cached there
+    routed_blocks: float = 0.0  # of their prompts
+    overlap_blocks: int = 0  # of those, the ones that were cached there
     events: int = 0  # batches of KV events received
-    lost: int = 0  # times that events were lost for good or the cache was read anew
+    lost: int = 0  # times that events were lost for good, and the cache was read again
     last_event_seconds: float | None = None  # since the last one came
     event_lag_seconds: float | None = None  # that it took to come, if the clocks of both machines agree
 
 
-class RouterStatus(Message, omit_defaults=False):
+class RouterStatus(Message):
     """A router's view."""
 
-    router: int  # its instance
+    router: InstanceId
     policy: str
     workers: list[WorkerStatus]
+    unserved: list[str] = []  # what requests asked for that no engine fits, and why
+
+
+WORKERS = EndpointSpec("router", "workers", WorkersRequest, RouterStatus)
 
 
 # Engine: inference.engine.describe
@@ -97,16 +233,17 @@ class DescribeRequest(Message):
 class WorkerInfo(Message):
     """What a worker announces about itself: enough to route to it and to follow its cache."""
 
-    instance_id: int
+    instance_id: InstanceId
     worker_id: str
-    model: str
-    block_size: int  # tokens in a KV block
+    model: ModelIdentity
     total_blocks: int  # KV blocks that fit
     context_length: int  # tokens of prompt and answer together
     kv_events: str  # ZMQ address of its KV events
     kv_replay: str  # ZMQ address that sends past KV events again
     load: str  # ZMQ address of its load
-    tokenizer: str | None = None  # its fingerprint; None if there is no file to take it from
+
+
+DESCRIBE_WORKER = EndpointSpec("engine", "describe", DescribeRequest, WorkerInfo)
 
 
 # Engine: inference.engine.cache
@@ -119,9 +256,9 @@ class SnapshotRequest(Message):
 class StoredBlocks(Message):
     """A chain of blocks in a KV cache, each the parent of the next."""
 
-    parent: int | None  # name of the block before the first; None if that begins a prompt
-    names: list[int]  # the engine's own names of the blocks in their place in the sequence, 64 bits without a sign
-    hashes: list[int]  # `compute_block_hash_for_seq` of each block's tokens
+    parent_id: int | None  # the block before the first; None if that begins a prompt
+    block_ids: list[int]  # the engine's own, for a block in its place in the sequence: 64 bits without a sign
+    local_hashes: list[int]  # `compute_block_hash_for_seq` of each block's tokens
 
 
 class CacheSnapshot(Message):
@@ -129,6 +266,9 @@ class CacheSnapshot(Message):
 
     sequence: int  # of the last batch of KV events that is in it; -1 if none
     chains: list[StoredBlocks]  # parents before their children
+
+
+CACHE = EndpointSpec("engine", "cache", SnapshotRequest, CacheSnapshot)
 
 
 # Engine: inference.engine.generate. Dynamo's own worker protocol: the names are those of its `PreprocessedRequest` and
@@ -157,8 +297,8 @@ class SamplingOptions(Message):
     frequency_penalty: float | None = None
 
 
-class GenerateRequest(msgspec.Struct, kw_only=True):
-    """A tokenized prompt (Dynamo's `PreprocessedRequest`). Sent whole: Dynamo's workers require its fields."""
+class GenerateRequest(Message):
+    """A tokenized prompt (Dynamo's `PreprocessedRequest`)."""
 
     token_ids: list[int]
     model: str
@@ -168,12 +308,18 @@ class GenerateRequest(msgspec.Struct, kw_only=True):
     eos_token_ids: list[int] = []
     annotations: list[str] = []
 
+    def encode(self) -> dict[str, Any]:
+        """Whole: Dynamo's workers require its fields."""
+        return self.model_dump()
+
 
 class PromptTokensDetails(Message):
+    """What is known of the prompt's tokens."""
+
     cached_tokens: int | None = None
 
 
-class Usage(Message, omit_defaults=False):
+class Usage(Message):
     """Token counts, in the shape that OpenAI and Dynamo share."""
 
     prompt_tokens: int
@@ -181,13 +327,44 @@ class Usage(Message, omit_defaults=False):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
 
+    @classmethod
+    def received(cls, body: Any) -> Self:
+        """What a worker or a processor says at the end. Raises Internal if that is no usage."""
+        try:
+            return cls.decode(body)
+        except InvalidRequest as error:
+            raise Internal(f"a stage answered with an {error}") from error
 
-class EngineOutput(Message):
+
+class EngineOutput(TokenMessage, kw_only=True, omit_defaults=True):
     """The next tokens of an answer (Dynamo's `LLMEngineOutput`)."""
 
     token_ids: list[int] = []  # the new ones only
     finish_reason: str | dict[str, Any] | None = None  # on the last item
-    completion_usage: Usage | None = None  # on the first and the last item
+    completion_usage: dict[str, Any] | None = None  # a Usage, on the first and the last item
+
+    def encode(self) -> dict[str, Any]:
+        """With its tokens, even if there are none: Dynamo's frontend requires them."""
+        return {"token_ids": self.token_ids, **super().encode()}
+
+    @classmethod
+    def decode(cls, body: Any) -> Self:
+        """As any message, but one that says nothing in fields that nobody knows is refused: they are misspelt."""
+        output = super().decode(body)
+        if not output.token_ids and not output.finish_reason and (unknown := body.keys() - _LLM_ENGINE_OUTPUT):
+            raise InvalidRequest(f"invalid EngineOutput: there are no fields {', '.join(sorted(unknown))}")
+        return output
+
+
+# The fields of Dynamo's LLMEngineOutput, version 1.6.1.
+_LLM_ENGINE_OUTPUT = {
+    *("token_ids", "tokens", "text", "output_type", "content_parts", "cum_log_probs", "log_probs", "top_logprobs"),
+    *("finish_reason", "stop_reason", "index", "completion_usage", "disaggregated_params", "encoder_result"),
+    *("worker_trace_link", "extra_args", "engine_data", "routing_data"),
+}
+
+
+GENERATE = EndpointSpec("engine", "generate", GenerateRequest, EngineOutput)
 
 
 # ZMQ: three frames, [topic, sequence number (8 bytes, big-endian), MessagePack of the body]. The bodies are those of
@@ -198,7 +375,7 @@ class EngineOutput(Message):
 class BlockStored(msgspec.Struct, tag="BlockStored"):
     """Blocks that are now in the cache: a chain, each the parent of the next."""
 
-    block_hashes: list[int | bytes]  # the engine's own names for the blocks, in their place in the sequence
+    block_hashes: list[int | bytes]  # what we call block_ids: the engine's own, for a block in its place
     parent_block_hash: int | bytes | None  # None: the first block starts a sequence
     token_ids: list[int]  # the tokens of all of them
     block_size: int

@@ -16,12 +16,12 @@ log = logging.getLogger(__name__)
 _ROOT = 0
 
 
-def path(block_hashes: Sequence[int], parent: int = _ROOT) -> list[int]:
+def sequence_hashes(local_hashes: Sequence[int], parent: int = _ROOT) -> list[int]:
     """For each block, one number that stands for it and all those before it: equal numbers, equal prefixes.
 
-    Dynamo calls them sequence hashes. These are this process's own, and made by Python's hash of pairs.
+    They are this process's own, 64 bits with a sign, and made by Python's hash of pairs.
     """
-    return list(accumulate(block_hashes, lambda before, block: hash((before, block)), initial=parent))[1:]
+    return list(accumulate(local_hashes, lambda before, block: hash((before, block)), initial=parent))[1:]
 
 
 class _Block(msgspec.Struct):
@@ -52,95 +52,97 @@ class _Dumped(msgspec.Struct):
 class PrefixIndex:
     """The KV caches of all workers, searched by prompt.
 
-    A block has two names. Its *local* hash, `compute_block_hash_for_seq` of its tokens, is the same for everyone and
-    is what prompts are searched by. Its *name* is the engine's own, stands for the block in its place after all those
-    before it, and is what the engine calls it when it is removed.
+    A block is known in two ways. Its *local hash*, `compute_block_hash_for_seq` of its tokens, is the same for everyone
+    and is what prompts are searched by. Its *block id* is the engine's own, stands for the block in its place after all
+    those before it, and is what the engine calls it when it is removed.
     """
 
     def __init__(self) -> None:
         self._tree = RadixTree()
-        self._paths: dict[int, dict[int, int]] = {}  # by worker and name, the path of each block that it has
+        self._hashes: dict[int, dict[int, int]] = {}  # by instance and block id, the sequence hash of each block
         self._event_id = 0
 
-    def overlaps(self, block_hashes: Sequence[int]) -> dict[int, int]:
-        """By worker, how many leading blocks of a prompt it has. A worker that has none is not in it."""
-        scores: Any = self._tree.find_matches(list(block_hashes)).scores  # by (worker, rank), whatever its stub says
+    def overlaps(self, local_hashes: Sequence[int]) -> dict[int, int]:
+        """By instance, how many leading blocks of a prompt it has. One that has none is not in it."""
+        # Whatever its stub says, scores are by instance and data-parallel rank.
+        scores: Any = self._tree.find_matches(list(local_hashes)).scores
         overlaps: dict[int, int] = {}
-        for (worker, _rank), blocks in scores.items():
-            overlaps[worker] = max(blocks, overlaps.get(worker, 0))
+        for (instance_id, _rank), blocks in scores.items():
+            overlaps[instance_id] = max(blocks, overlaps.get(instance_id, 0))
         return overlaps
 
-    def blocks(self, worker: int) -> int:
+    def blocks(self, instance_id: int) -> int:
         """How many blocks a worker has in its cache."""
-        return len(self._paths.get(worker, ()))
+        return len(self._hashes.get(instance_id, ()))
 
-    def chains(self, worker: int) -> list[StoredBlocks]:
+    def chains(self, instance_id: int) -> list[StoredBlocks]:
         """A worker's blocks as chains, parents before their children."""
         events = (msgspec.json.decode(event, type=_Dumped) for event in self._tree.dump_tree_as_events())
         return [
             StoredBlocks(
-                parent=event.event.data.stored.parent_hash,
-                names=[block.block_hash for block in event.event.data.stored.blocks],
-                hashes=[block.tokens_hash for block in event.event.data.stored.blocks],
+                parent_id=event.event.data.stored.parent_hash,
+                block_ids=[block.block_hash for block in event.event.data.stored.blocks],
+                local_hashes=[block.tokens_hash for block in event.event.data.stored.blocks],
             )
             for event in events
-            if event.worker_id == worker
+            if event.worker_id == instance_id
         ]
 
-    async def follow(self, worker: int, events: KvEventStream) -> AsyncIterator[tuple[Update | Lost, list[int]]]:
-        """Keep a worker's blocks true. Yield each thing that came, and the paths of the blocks that it stored."""
+    async def follow(self, instance_id: int, events: KvEventStream) -> AsyncIterator[tuple[Update | Lost, list[int]]]:
+        """Keep a worker's blocks true. Yield each thing that came, and the sequence hashes of the blocks stored."""
         async for item in events:
-            paths: list[int] = []
+            stored: list[int] = []
             if isinstance(item, Lost):
-                self.clear(worker)
+                self.clear(instance_id)
             else:
                 for change in item.changes:
-                    paths += self.apply(worker, change)
-            yield item, paths
+                    stored += self.apply(instance_id, change)
+            yield item, stored
 
-    def apply(self, worker: int, change: Change) -> list[int]:
-        """Take in a change of a worker's cache, and return the paths of the blocks that it stored."""
+    def apply(self, instance_id: int, change: Change) -> list[int]:
+        """Take in a change of a worker's cache, and return the sequence hashes of the blocks stored."""
         match change:
             case StoredBlocks():
-                return self._store(worker, change)
+                return self._store(instance_id, change)
             case RemovedBlocks():
-                self._remove(worker, change)
+                self._remove(instance_id, change)
             case AllBlocksCleared():
-                self.clear(worker)
+                self.clear(instance_id)
         return []
 
-    def clear(self, worker: int) -> None:
+    def clear(self, instance_id: int) -> None:
         """Forget a worker's blocks."""
-        self._tree.clear_all_blocks(worker)
-        self._paths.pop(worker, None)
+        self._tree.clear_all_blocks(instance_id)
+        self._hashes.pop(instance_id, None)
 
-    def forget(self, worker: int) -> None:
+    def forget(self, instance_id: int) -> None:
         """Forget a worker."""
-        self._tree.remove_worker(worker)
-        self._paths.pop(worker, None)
+        self._tree.remove_worker(instance_id)
+        self._hashes.pop(instance_id, None)
 
-    def _store(self, worker: int, stored: StoredBlocks) -> list[int]:
-        known = self._paths.setdefault(worker, {})
-        if stored.parent is not None and stored.parent not in known:
-            log.debug("worker %d stored blocks after one that was never seen; they cannot be placed", worker)
+    def _store(self, instance_id: int, stored: StoredBlocks) -> list[int]:
+        known = self._hashes.setdefault(instance_id, {})
+        if stored.parent_id is not None and stored.parent_id not in known:
+            log.debug("instance %d stored blocks after one that was never seen; they cannot be placed", instance_id)
             return []
         blocks = [
-            {"block_hash": name, "tokens_hash": tokens}
-            for name, tokens in zip(stored.names, stored.hashes, strict=True)
+            {"block_hash": block_id, "tokens_hash": local_hash}
+            for block_id, local_hash in zip(stored.block_ids, stored.local_hashes, strict=True)
         ]
-        self._apply(worker, {"stored": {"parent_hash": stored.parent, "blocks": blocks}})
-        paths = path(stored.hashes, _ROOT if stored.parent is None else known[stored.parent])
-        known.update(zip(stored.names, paths, strict=True))
-        return paths
+        self._apply(instance_id, {"stored": {"parent_hash": stored.parent_id, "blocks": blocks}})
+        parent = _ROOT if stored.parent_id is None else known[stored.parent_id]
+        hashes = sequence_hashes(stored.local_hashes, parent)
+        known.update(zip(stored.block_ids, hashes, strict=True))
+        return hashes
 
-    def _remove(self, worker: int, removed: RemovedBlocks) -> None:
-        known = self._paths.get(worker, {})
-        names = [name for name in removed.names if name in known]
-        if names:
-            self._apply(worker, {"removed": {"block_hashes": names}})
-            for name in names:
-                known.pop(name, None)
+    def _remove(self, instance_id: int, removed: RemovedBlocks) -> None:
+        known = self._hashes.get(instance_id, {})
+        block_ids = [block_id for block_id in removed.block_ids if block_id in known]
+        if block_ids:
+            self._apply(instance_id, {"removed": {"block_hashes": block_ids}})
+            for block_id in block_ids:
+                known.pop(block_id, None)
 
-    def _apply(self, worker: int, data: object) -> None:
+    def _apply(self, instance_id: int, data: object) -> None:
         self._event_id += 1
-        self._tree.apply_event(worker, msgspec.json.encode({"event_id": self._event_id, "data": data}))
+        self._tree.apply_event(instance_id, msgspec.json.encode({"event_id": self._event_id, "data": data}))

@@ -2,36 +2,32 @@
 
 import asyncio
 import logging
+import random
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
-from common.errors import Cancelled, Internal, PipelineError, Unavailable, from_exception
+from common.errors import Cancelled, Internal, InvalidRequest, PipelineError, Unavailable, Unreachable, from_exception
+from common.messages import Answer, EndpointSpec, Failure, Request
 
-import msgspec
-from dynamo.runtime import Client, Context, DistributedRuntime
+from dynamo.runtime import Client, Context
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
-
 RETRY_SECONDS = 0.1
-ATTEMPTS = 4  # that nobody answers use up the patience
+ATTEMPTS = 4  # attempts that share the retry time
 
 
-class Remote(Generic[Item]):
-    """An endpoint of another program, whose stream is of one type of message."""
+class Remote(Generic[Request, Answer]):
+    """Dynamo's client of an endpoint, with messages and errors that have types:
 
-    def __init__(self, path: str, client: Client, item: type[Item]) -> None:
-        self.path = path
+    router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
+    """
+
+    def __init__(self, spec: EndpointSpec[Request, Answer], client: Client) -> None:
+        self.spec = spec
         self._client = client
-        self._item = item
-
-    @classmethod
-    async def connect(cls, runtime: DistributedRuntime, path: str, item: type[Item]) -> "Remote[Item]":
-        """Follow the instances of `path` ("namespace.component.endpoint"), of which there may be none yet."""
-        return cls(path, await runtime.endpoint(path).client(), item)
 
     def instance_ids(self) -> list[int]:
         """The instances that are registered now."""
@@ -40,12 +36,14 @@ class Remote(Generic[Item]):
     async def wait(self) -> None:
         """Return once an instance is there, saying what is being waited for."""
         while not self.instance_ids():
-            log.info("waiting for %s", self.path)
+            log.info("waiting for %s", self.spec.path)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._client.wait_for_instances(), timeout=10)
 
-    async def stream(self, request: object, context: Context, instance_id: int | None = None) -> AsyncGenerator[Item]:
-        """Send `request` to one instance, or to the next in turn, and yield what it answers.
+    async def stream(
+        self, request: Request, context: Context, instance_ids: Sequence[int] | None = None
+    ) -> AsyncGenerator[Answer]:
+        """Send `request` to one of `instance_ids`, or of all instances, and yield what it answers.
 
         Stopping `context` ends the stream at both ends. Raises PipelineError: what the other side raised, Unavailable
         if it cannot be reached, dies or gives up, Cancelled if `context` was stopped first.
@@ -53,61 +51,79 @@ class Remote(Generic[Item]):
         try:
             # The runtime tells the other side of a stop only while it is asked for items, or when their stream is
             # dropped. It has no name here, or a traceback that somebody keeps would hold it.
-            async for item in await self._send(msgspec.to_builtins(request), context, instance_id):
+            async for item in await self._send(request.encode(), context, instance_ids):
                 yield self._decode(item)
             if context.is_stopped():  # then the stream may end as if the answer were complete
                 raise Cancelled("the caller went away")
-        except PipelineError:
-            raise
-        except Exception as error:  # the runtime raises ValueError and Exception with the kind in the text
+        except Exception as error:
+            if isinstance(error, PipelineError) and not isinstance(error, Cancelled):
+                raise
             if context.is_stopped():
                 raise Cancelled("the caller went away") from error
             known = from_exception(error)
-            if isinstance(known, Cancelled):  # not by us: who answered was told to leave
-                raise Unavailable(f"{self.path} gave the request up") from error
+            if isinstance(known, Cancelled):  # not by us: whoever answered was told to leave
+                raise Unavailable(f"{self.spec.path} abandoned the request") from error
             raise known from error
 
-    async def _send(self, body: object, context: Context, instance_id: int | None) -> Any:
-        """The stream of answers. Fails if nobody took the request."""
-        if instance_id is not None:
-            return await self._client.direct(body, instance_id, annotated=False, context=context)
-        # Each one that fails has died, and the runtime leaves it out of the next turns.
-        for _ in self.instance_ids()[1:]:
+    async def _send(self, body: dict[str, Any], context: Context, instance_ids: Sequence[int] | None) -> Any:
+        """The stream of answers. Raises Unavailable if nobody took the request."""
+        choices = self.instance_ids() if instance_ids is None else instance_ids
+        if not choices:
+            name = self.spec.component
+            raise self._unreachable(f"nobody serves {self.spec.path}: no {name} is running; try again in a moment")
+        first = random.randrange(len(choices))
+        for instance_id in (*choices[first:], *choices[:first]):
             try:
-                return await self._client.round_robin(body, annotated=False, context=context)
+                if instance_ids is None:
+                    return await self._client.round_robin(body, annotated=False, context=context)
+                return await self._client.direct(body, instance_id, annotated=False, context=context)
             except Exception as error:
-                if not isinstance(from_exception(error), Unavailable):
+                known = from_exception(error)
+                # One that is unavailable has died, which is no reason not to ask another.
+                if not isinstance(known, Unavailable):
                     raise
-        return await self._client.round_robin(body, annotated=False, context=context)
+        raise self._unreachable(known.message)
 
-    async def call(self, request: object, instance_id: int | None = None) -> Item:
-        """Send `request` and return the one message that answers it."""
-        async with self.open(request, instance_id) as first:
+    def _unreachable(self, message: str) -> Unreachable:
+        component = self.spec.component
+        return Unreachable(message, code="no_worker" if component == "engine" else f"no_{component}")
+
+    async def call(self, request: Request, instance_id: int | None = None) -> Answer:
+        """Send `request` and return the one message that answers it. Raises PipelineError as `stream` does."""
+        async with self.open(request, instance_id=instance_id) as first:
             return first
 
     @asynccontextmanager
     async def open(
-        self, request: object, instance_id: int | None = None, *, patience: float = 0.0
-    ) -> AsyncIterator[Item]:
+        self,
+        request: Request,
+        parent: Context | None = None,
+        *,
+        instance_id: int | None = None,
+        retry_seconds: float = 0.0,
+    ) -> AsyncIterator[Answer]:
         """Send `request`, hand out the first message of the answer, and keep the stream open for as long as the block
-        runs: the other side sees when it ends, however it ends.
+        runs: the other side sees when it ends, however it ends. Raises PipelineError as `stream` does.
 
-        patience: seconds to go on asking while nobody answers: a program that was restarted is back by then. One that
-        was killed with our request in its hands never answers, so each attempt gets a part of it.
+        parent: the request on whose behalf this is; its metadata goes along.
+        retry_seconds: how long to go on asking while nobody answers: a program that was restarted is back by then. One
+        that was killed with our request in its hands never answers, so each attempt gets a part of it.
         """
         now = asyncio.get_running_loop().time
-        deadline = now() + patience
+        deadline = now() + retry_seconds
         while True:
+            if parent and parent.is_stopped():
+                raise Cancelled("the caller went away")
             began = now()
-            context = Context(uuid.uuid4().hex)
-            items = self.stream(request, context, instance_id)
+            context = Context(uuid.uuid4().hex, dict(parent.metadata) if parent else None)
+            items = self.stream(request, context, None if instance_id is None else [instance_id])
             try:
                 try:
-                    first = await self._within(patience / ATTEMPTS, anext(items))
+                    first = await self._within(retry_seconds / ATTEMPTS, anext(items))
                 except StopAsyncIteration:
-                    raise Internal(f"{self.path} answered nothing") from None
-                except Unavailable as error:
-                    if error.code or began >= deadline:  # with a code, somebody was reached and said so
+                    raise Internal(f"{self.spec.path} answered nothing") from None
+                except Unreachable:
+                    if began >= deadline:
                         raise
                     await asyncio.sleep(RETRY_SECONDS)
                     continue
@@ -117,16 +133,20 @@ class Remote(Generic[Item]):
                 context.stop_generating()
                 await items.aclose()
 
-    async def _within(self, seconds: float, answer: Awaitable[Item]) -> Item:
-        """Wait for an answer for so long; 0 is for ever. Raises Unavailable if it does not come."""
+    async def _within(self, seconds: float, answer: Awaitable[Answer]) -> Answer:
+        """Wait for an answer for so long; 0 is for ever. Raises Unreachable if it does not come."""
         try:
             async with asyncio.timeout(seconds or None):
                 return await answer
         except TimeoutError:
-            raise Unavailable(f"{self.path} does not answer") from None
+            raise self._unreachable(f"{self.spec.path} does not answer") from None
 
-    def _decode(self, item: object) -> Item:
+    def _decode(self, item: Any) -> Answer:
+        """Raises the error that `item` carries, or Internal if it is no message of this endpoint."""
         try:
-            return msgspec.convert(item, self._item)
-        except msgspec.ValidationError as error:
-            raise Internal(f"{self.path} sent a message that is not a {self._item.__name__}: {error}") from error
+            if not (isinstance(item, dict) and "error" in item):
+                return self.spec.answer.decode(item)
+            failure = Failure.decode(item)
+        except InvalidRequest as error:
+            raise Internal(f"{self.spec.path} answered with an {error}") from error
+        raise failure.exception

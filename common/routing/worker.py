@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from common.kv_events import Lost, Update
-from common.messages import LoadStat, WorkerInfo
+from common.messages import LoadStat, ModelIdentity, WorkerInfo
 
-REPORT_SECONDS = 0.5  # that a worker's report may be old: it may still count requests that have ended
+REPORT_SECONDS = 0.5  # a report may still count requests that ended this recently
 
 
 @dataclass(slots=True, frozen=True)
 class Prompt:
     """A prompt as the router sees it."""
 
-    path: Sequence[int]  # one number per full block, as prefix_index.path makes them
+    sequence_hashes: Sequence[int]  # one per full block, as prefix_index makes them
     blocks: float  # with the part of the last one that is not full
 
 
@@ -39,20 +39,20 @@ class Worker:
     and of tokens generated since.
     """
 
-    def __init__(self, instance_id: int, info: WorkerInfo | None, block_size: int) -> None:
+    def __init__(self, instance_id: int, info: WorkerInfo | None) -> None:
         self.instance_id = instance_id
         self.info = info
         self.name = info.worker_id if info else str(instance_id)
-        self._block_size = block_size
-        self._held: Counter[int] = Counter()  # by path, the leases that a block is in
+        self._held: Counter[int] = Counter()  # by sequence hash, the leases that a block is in
         self._tails = 0.0  # blocks of leases that are not full, and so shared with nobody
         self._leased = 0.0  # blocks of all leases, shared ones counted for each
         self._ended: deque[tuple[float, float]] = deque()  # when leases ended of late, and their blocks
         self._prefill = 0.0
-        self._prefilling: dict[int, list[Lease]] = {}  # by path of the last full block, which ends the prefill
+        self._prefilling: dict[int, list[Lease]] = {}  # by the last full block, which ends the prefill
         self._unfinished = 0.0  # blocks of the whole prompts of those
         self._other_prefill = 0.0
         self._other_decode = 0.0
+        self.reason: str | None = None  # why it does not fit requests for its own model
         self.chosen_at = 0.0  # when it got its last request, on the monotonic clock
         self.requests = 0  # in progress, of those that this router sent here
         self.routed_requests = 0
@@ -73,13 +73,21 @@ class Worker:
         """Blocks that the requests in progress hold, which each decoding step reads. Shared ones count once."""
         return len(self._held) + self._tails + self._other_decode
 
-    def held_blocks(self, path: Sequence[int]) -> int:
+    def serves(self, model_name: str) -> bool:
+        """Whether it says that it serves a model of this name."""
+        return self.info is not None and self.info.model.name == model_name
+
+    def mismatch(self, model: ModelIdentity) -> str | None:
+        """Why it cannot run requests for `model`; None if it can. One that announces nothing may be any."""
+        return model.mismatch(self.info.model) if self.info else None
+
+    def held_blocks(self, sequence_hashes: Sequence[int]) -> int:
         """How many leading blocks of a prompt are part of requests in progress here: they are in the cache, or soon
         will be."""
         held = self._held
-        if not path or path[0] not in held:
+        if not sequence_hashes or sequence_hashes[0] not in held:
             return 0
-        return bisect_left(path, True, key=lambda block: block not in held)
+        return bisect_left(sequence_hashes, True, key=lambda block: block not in held)
 
     @contextmanager
     def lease(self, prompt: Prompt, overlap_blocks: int, expected_blocks: int = 0) -> Iterator[Lease]:
@@ -105,12 +113,12 @@ class Worker:
         prompt = lease.prompt
         self.requests += 1
         self._leased += prompt.blocks
-        self._tails += prompt.blocks - len(prompt.path)
-        self._held.update(prompt.path)
+        self._tails += prompt.blocks - len(prompt.sequence_hashes)
+        self._held.update(prompt.sequence_hashes)
         self._prefill += lease.prefill
         self._unfinished += prompt.blocks
-        if prompt.path:
-            self._prefilling.setdefault(prompt.path[-1], []).append(lease)
+        if prompt.sequence_hashes:
+            self._prefilling.setdefault(prompt.sequence_hashes[-1], []).append(lease)
 
     def _remove(self, lease: Lease) -> None:
         prompt, held = lease.prompt, self._held
@@ -118,16 +126,16 @@ class Worker:
         self._ended.append((time.monotonic(), prompt.blocks))
         self.requests -= 1
         self._leased -= prompt.blocks
-        self._tails -= prompt.blocks - len(prompt.path)
-        for block in prompt.path:
+        self._tails -= prompt.blocks - len(prompt.sequence_hashes)
+        for block in prompt.sequence_hashes:
             if held[block] == 1:
                 del held[block]
             else:
                 held[block] -= 1
-        if prompt.path and (waiting := self._prefilling.get(prompt.path[-1])):
+        if prompt.sequence_hashes and (waiting := self._prefilling.get(prompt.sequence_hashes[-1])):
             waiting.remove(lease)
             if not waiting:
-                del self._prefilling[prompt.path[-1]]
+                del self._prefilling[prompt.sequence_hashes[-1]]
 
     def _forget_ended(self) -> None:
         while self._ended and self._ended[0][0] < time.monotonic() - REPORT_SECONDS:
@@ -140,13 +148,13 @@ class Worker:
             lease.prefill = 0.0
             lease.prefilled.set()
 
-    def stored(self, paths: Iterable[int]) -> None:
+    def on_stored(self, sequence_hashes: Iterable[int]) -> None:
         """Blocks were stored here: the prompts that end with one of them are computed."""
-        for block in paths:
+        for block in sequence_hashes:
             for lease in self._prefilling.get(block, ()):
                 self._prefill_done(lease)
 
-    def updated(self, item: Update | Lost) -> None:
+    def on_update(self, item: Update | Lost) -> None:
         """KV events came, or are lost."""
         if isinstance(item, Lost):
             self.lost += 1
@@ -155,17 +163,20 @@ class Worker:
             self.event_at = time.monotonic()
             self.event_lag = item.lag
 
-    def reported(self, stat: LoadStat) -> None:
+    def on_report(self, stat: LoadStat) -> None:
         """Take in the worker's own account. What it has beyond our leases is work that others sent, and the tokens
         generated so far.
 
         Workers differ in whether cached tokens of a waiting prompt are waiting, and shared ones held twice; and their
         reports come late. So only what our leases cannot explain in any of these ways counts.
         """
+        if self.info is None:
+            return
         self._forget_ended()
         explained = self._leased + sum(blocks for _, blocks in self._ended)
-        waiting = stat.waiting_prefill_tokens / self._block_size
-        used = stat.used_tokens / self._block_size
+        block_size = self.info.model.block_size
+        waiting = stat.waiting_prefill_tokens / block_size
+        used = stat.used_tokens / block_size
         beyond = max(waiting + used - explained, 0.0)
         self._other_prefill = min(max(waiting - self._unfinished, 0.0), beyond)
         self._other_decode = max(used - explained, 0.0)

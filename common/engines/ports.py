@@ -5,9 +5,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 
-def here(address: str) -> str:
+def loopback(address: str) -> str:
     """How a process reaches its own socket, whatever address it tells others ("tcp://host:port")."""
-    return f"tcp://127.0.0.1:{address.rpartition(':')[2]}"
+    return f"tcp://127.0.0.1:{port_of(address)}"
+
+
+def port_of(address: str) -> int:
+    """The port of "tcp://host:port"."""
+    return int(address.rpartition(":")[2])
 
 
 @contextmanager
@@ -25,3 +30,9 @@ def reserved(count: int) -> Iterator[list[int]]:
             holder.bind(("", 0))
             ports.append(holder.getsockname()[1])
         yield ports
+
+
+def free_ports(count: int) -> list[int]:
+    """`count` ports that are free now, for servers that are about to start."""
+    with reserved(count) as ports:
+        return ports

@@ -1,8 +1,9 @@
 """SGLang on a machine without a GPU.
 
 SGLang 0.5.21 runs on a CPU, but its wheel assumes packages that exist only for GPUs. This module stands in for them,
-and does nothing where a GPU is found: `activate()` is called only then, in the engine and, because the environment
-variable is inherited and SGLang starts its processes with `spawn`, in each process that SGLang makes of the engine.
+and does nothing where a GPU is found: `activate()` is called only where there is none, in the engine and, because
+SGLang starts its processes with `spawn`, in each of those: `activate_in_child` finds the environment variable that they
+inherit.
 
 What is missing, and what stands in for it:
 
@@ -55,15 +56,20 @@ def activate() -> None:
         return
     os.environ[FLAG] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # an engine per core beats threads that wait for each other
-    os.environ["TORCHDYNAMO_DISABLE"] = (
-        "1"  # compiling takes half a minute, in the middle of a request, and a C++ compiler
-    )
+    # Compiling takes a C++ compiler and half a minute, in the middle of a request.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     import torch._inductor.runtime.triton_compat  # noqa: F401  torch looks for triton now, and finds none
 
     sys.meta_path.insert(0, _Finder())
     _declare_operators()
     _replace_allocator_kernels()
     _allow_seeds()
+
+
+def activate_in_child() -> None:
+    """Do the same in a process that SGLang spawned, if the engine did it."""
+    if os.environ.get(FLAG) == "1":
+        activate()
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -283,7 +289,3 @@ def _allow_min_p_with_seeds() -> None:
         return sample(probs, top_ks, top_ps, min_ps, False, *rest, **options)
 
     sampler.top_k_top_p_min_p_sampling_from_probs_torch = sample_with_min_p
-
-
-if os.environ.get(FLAG) == "1":  # in a process that SGLang spawned
-    activate()

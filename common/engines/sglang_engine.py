@@ -1,6 +1,5 @@
 """SGLang as a worker of Dynamo's protocol: token ids in, token ids out."""
 
-import argparse
 import asyncio
 import json
 import logging
@@ -10,12 +9,21 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from common import sglang_cpu
+from common.engines import sglang_cpu
+from common.engines.die_with_parent import name_parent
+from common.engines.ports import loopback, reserved
 from common.errors import Internal, InvalidRequest, Overloaded
 from common.kv_events import load_stats
-from common.messages import EngineOutput, GenerateRequest, PromptTokensDetails, SamplingOptions, Usage, WorkerInfo
-from common.model import locate, served_name, tokenizer_fingerprint
-from common.ports import here, reserved
+from common.messages import (
+    EngineOutput,
+    GenerateRequest,
+    ModelIdentity,
+    PromptTokensDetails,
+    SamplingOptions,
+    Usage,
+    WorkerInfo,
+)
+from common.service import request_id
 
 from dynamo.llm import (
     KvEventPublisher,
@@ -32,8 +40,8 @@ from dynamo.runtime import Context, Endpoint
 log = logging.getLogger(__name__)
 
 TOPIC = "kv-events"
-CPU_CACHE_BYTES = 2**30  # memory for the KV cache of an engine on a CPU,
-CPU_CACHE_TOKENS = 65536  # and no more than this, which is a lot for what a CPU can serve
+CPU_CACHE_BYTES = 2**30  # memory for the KV cache of an engine on a CPU
+CPU_CACHE_TOKENS = 65536  # at most, which is a lot for what a CPU can serve
 CPU_REQUESTS = 16  # decoded together; more only take each other's time
 RESERVED_BLOCKS = 4  # that a request must leave over in SGLang's KV cache, or 0.5.21 never schedules it
 DISPATCH_SECONDS = 0.05  # between looks whether SGLang's scheduler has a request
@@ -42,16 +50,32 @@ DISPATCH_SECONDS = 0.05  # between looks whether SGLang's scheduler has a reques
 class SglangEngine:
     """One SGLang engine: what it announces, and how it is asked."""
 
-    def __init__(self, engine: Any, located: str, info: WorkerInfo, *, seeded: bool, min_p: bool) -> None:
+    def __init__(self, engine: Any, model_path: str, info: WorkerInfo, *, seeded: bool, min_p: bool) -> None:
         self._engine = engine
-        self._located = located
+        self._model_path = model_path
         self._seeded = seeded
         self._min_p = min_p
         self.info = info
 
     @classmethod
-    def start(cls, args: argparse.Namespace, instance_id: int, on_sigterm: Callable[[], None]) -> "SglangEngine":
-        """Load the model and start SGLang's processes, which takes from seconds on a CPU to minutes on a GPU."""
+    def start(
+        cls,
+        instance_id: int,
+        *,
+        model_path: str,
+        identity: ModelIdentity,
+        worker_id: str | None,
+        host: str,
+        stream_interval: int,
+        gpu_memory_fraction: float | None,
+        deterministic: bool,
+        on_sigterm: Callable[[], None],
+    ) -> "SglangEngine":
+        """Load the model and start SGLang's processes, which takes from seconds on a CPU to minutes on a GPU.
+
+        model_path: what `resolve_model` found; host: where routers reach this machine; stream_interval: tokens in a
+        message; gpu_memory_fraction: of the GPU, None for SGLang to decide; on_sigterm: SGLang takes the signal over.
+        """
         import torch
 
         cpu = not torch.cuda.is_available()
@@ -60,7 +84,8 @@ class SglangEngine:
             sglang_cpu.activate()
         import sglang
 
-        located = locate(args.model)
+        name_parent()
+        block_size = identity.block_size
         with reserved(3) as (events, replay, load):
             kv_events = {
                 "publisher": "zmq",
@@ -69,32 +94,30 @@ class SglangEngine:
                 "replay_endpoint": f"tcp://*:{replay}",
             }
             engine = sglang.Engine(
-                model_path=located,
+                model_path=model_path,
                 skip_tokenizer_init=True,
-                page_size=args.block_size,
-                stream_interval=args.stream_interval,
+                page_size=block_size,
+                stream_interval=stream_interval,
                 incremental_streaming_output=True,
-                enable_deterministic_inference=cpu or args.deterministic,
+                enable_deterministic_inference=cpu or deterministic,
                 kv_events_config=json.dumps(kv_events),
                 load_publish_endpoint=f"tcp://*:{load}",
                 log_level="error" if cpu else "warning",  # the stand-ins make it warn of models that need more
-                **(_cpu_options(located) if cpu else _gpu_options(args)),
+                **(_cpu_options(model_path) if cpu else _gpu_options(gpu_memory_fraction)),
             )
         cache_tokens = engine._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"]
         info = WorkerInfo(
             instance_id=instance_id,
-            worker_id=args.worker_id or str(instance_id),
-            tokenizer=tokenizer_fingerprint(located),
-            model=served_name(located, args.model_name),
-            block_size=args.block_size,
-            total_blocks=cache_tokens // args.block_size,
-            context_length=min(engine.tokenizer_manager.context_len, cache_tokens - RESERVED_BLOCKS * args.block_size),
-            kv_events=f"tcp://{args.host}:{events}",
-            kv_replay=f"tcp://{args.host}:{replay}",
-            load=f"tcp://{args.host}:{load}",
+            worker_id=worker_id or str(instance_id),
+            model=identity,
+            total_blocks=cache_tokens // block_size,
+            context_length=min(engine.tokenizer_manager.context_len, cache_tokens - RESERVED_BLOCKS * block_size),
+            kv_events=f"tcp://{host}:{events}",
+            kv_replay=f"tcp://{host}:{replay}",
+            load=f"tcp://{host}:{load}",
         )
         _keep_sigterm(engine.tokenizer_manager, on_sigterm)
-        return cls(engine, located, info, seeded=cpu or args.deterministic, min_p=cpu or not args.deterministic)
+        return cls(engine, model_path, info, seeded=cpu or deterministic, min_p=cpu or not deterministic)
 
     async def generate(self, request: GenerateRequest, context: Context) -> AsyncIterator[EngineOutput]:
         """Yield the answer's tokens as they are made. Stopping `context` aborts the request in SGLang."""
@@ -112,31 +135,38 @@ class SglangEngine:
                 first = True
                 async for chunk in chunks:
                     output = _output(chunk, first)
-                    yield output
                     first = False
                     if output.finish_reason:
+                        tokens = chunk["meta_info"].get("completion_tokens", 0)
+                        message = "request_id=%s finish_reason=%s completion_tokens=%d"
+                        log.info(message, request_id(context), output.finish_reason, tokens)
+                        yield output
                         return
+                    yield output
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
         finally:
             abort.cancel()
 
-    async def publish(self, endpoint: Endpoint, register: bool) -> None:
+    async def connect(self, endpoint: Endpoint) -> None:
+        """Make the publishers for Dynamo's event plane, before anything is served."""
+        self._metrics = WorkerMetricsPublisher()
+        await self._metrics.create_endpoint(endpoint)
+        address = loopback(self.info.kv_events)
+        block_size = self.info.model.block_size
+        self._relay = KvEventPublisher(endpoint, kv_block_size=block_size, zmq_endpoint=address, zmq_topic=TOPIC)
+
+    async def publish(self, endpoint: Endpoint, *, register: bool) -> None:
         """Tell Dynamo's event plane of the KV events and the load; with `register`, also make the model known to
         Dynamo's own frontend and router. Runs until cancelled."""
-        metrics = WorkerMetricsPublisher()
-        await metrics.create_endpoint(endpoint)
-        relay = KvEventPublisher(
-            endpoint, kv_block_size=self.info.block_size, zmq_endpoint=here(self.info.kv_events), zmq_topic=TOPIC
-        )
         try:
             if register:
                 await self._register(endpoint)
-            async for stat in load_stats(here(self.info.load)):
-                blocks = stat.used_tokens // self.info.block_size
-                metrics.publish(active_decode_blocks=blocks, kv_used_blocks=blocks)
+            async for stat in load_stats(loopback(self.info.load)):
+                blocks = stat.used_tokens // self.info.model.block_size
+                self._metrics.publish(active_decode_blocks=blocks, kv_used_blocks=blocks)
         finally:
-            relay.shutdown()
+            self._relay.shutdown()
             if register:
                 await unregister_model(endpoint)
 
@@ -148,13 +178,13 @@ class SglangEngine:
             ModelInput.Tokens,
             ModelType.Chat,
             endpoint,
-            self._located,
-            model_name=self.info.model,
-            kv_cache_block_size=self.info.block_size,
+            self._model_path,
+            model_name=self.info.model.name,
+            kv_cache_block_size=self.info.model.block_size,
             runtime_config=config,
             worker_type=WorkerType.Aggregated,
         )
-        log.info("registered %s with Dynamo", self.info.model)
+        log.info("registered %s with Dynamo", self.info.model.name)
 
     def close(self) -> None:
         """End SGLang's processes."""
@@ -192,7 +222,7 @@ class SglangEngine:
 
 def _sampling_options(options: SamplingOptions, seeded: bool) -> dict[str, Any]:
     """Dynamo's sampling options in SGLang's names, without those that are not set."""
-    params = {name: value for name in options.__struct_fields__ if (value := getattr(options, name)) is not None}
+    params = {name: value for name, value in options if value is not None}
     seed = params.pop("seed", None)
     if seeded:  # SGLang then gives every request that names no seed the same one
         params["sampling_seed"] = random.getrandbits(63) if seed is None else seed
@@ -215,7 +245,9 @@ def _output(chunk: dict[str, Any], first: bool) -> EngineOutput:
             total_tokens=meta["prompt_tokens"] + meta["completion_tokens"],
             prompt_tokens_details=PromptTokensDetails(cached_tokens=meta["cached_tokens"]),
         )
-    return EngineOutput(token_ids=list(chunk["output_ids"]), finish_reason=reason, completion_usage=usage)
+    return EngineOutput(
+        token_ids=list(chunk["output_ids"]), finish_reason=reason, completion_usage=usage.encode() if usage else None
+    )
 
 
 def _raise_if_failed(finish: dict[str, Any]) -> None:
@@ -237,15 +269,15 @@ def _keep_sigterm(manager: Any, on_sigterm: Callable[[], None]) -> None:
     manager.signal_handler_class = Handler
 
 
-def _gpu_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {} if args.gpu_memory_fraction is None else {"mem_fraction_static": args.gpu_memory_fraction}
+def _gpu_options(memory_fraction: float | None) -> dict[str, Any]:
+    return {} if memory_fraction is None else {"mem_fraction_static": memory_fraction}
 
 
-def _cpu_options(located: str) -> dict[str, Any]:
+def _cpu_options(model_path: str) -> dict[str, Any]:
     """What makes SGLang run without a GPU. float32, because its sums come out the same whatever runs beside them."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(located).get_text_config()
+    config = AutoConfig.from_pretrained(model_path).get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     bytes_per_token = config.num_hidden_layers * heads * width * 2 * 4  # keys and values, of four bytes

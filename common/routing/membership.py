@@ -6,14 +6,20 @@ import uuid
 from collections.abc import AsyncIterator
 
 from common.errors import PipelineError
-from common.fleet import Fleet
 from common.kv_events import KvEventStream, load_stats
-from common.messages import CacheSnapshot, DescribeRequest, EngineOutput, SnapshotRequest, WorkerInfo
-from common.model import Agreement
+from common.messages import (
+    CacheSnapshot,
+    DescribeRequest,
+    EngineOutput,
+    GenerateRequest,
+    SnapshotRequest,
+    WorkerInfo,
+)
 from common.remote import Remote
-from common.worker import Worker
+from common.routing.fleet import Fleet
+from common.routing.worker import Worker
 
-from dynamo.runtime import Context, DistributedRuntime
+from dynamo.runtime import Context
 
 log = logging.getLogger(__name__)
 
@@ -28,26 +34,17 @@ class Membership:
     def __init__(
         self,
         fleet: Fleet,
-        agreement: Agreement,
-        engines: Remote[EngineOutput],
-        describe: Remote[WorkerInfo],
-        cache: Remote[CacheSnapshot],
+        *,
+        engines: Remote[GenerateRequest, EngineOutput],
+        describe: Remote[DescribeRequest, WorkerInfo],
+        cache: Remote[SnapshotRequest, CacheSnapshot],
     ) -> None:
-        self.engines = engines
+        self._engines = engines
         self._fleet = fleet
-        self._agreement = agreement
         self._describe = describe
         self._cache = cache
         self._streams: dict[int, KvEventStream] = {}
         self._settled = False
-
-    @classmethod
-    async def connect(cls, runtime: DistributedRuntime, fleet: Fleet, agreement: Agreement) -> "Membership":
-        """The engines of the namespace. Those that do not share the agreement are refused."""
-        engines = await Remote.connect(runtime, "inference.engine.generate", EngineOutput)
-        describe = await Remote.connect(runtime, "inference.engine.describe", WorkerInfo)
-        cache = await Remote.connect(runtime, "inference.engine.cache", CacheSnapshot)
-        return cls(fleet, agreement, engines, describe, cache)
 
     async def settled(self) -> None:
         """Return at once, unless the first workers are just being taken in: a router that has just started decides as
@@ -61,14 +58,14 @@ class Membership:
     def _is_settled(self) -> bool:
         if self._settled and self._fleet.workers:
             return True
-        registered = self.engines.instance_ids()
+        registered = self._engines.instance_ids()
         return all(map(self._is_known, registered)) and (bool(registered) or self._settled)
 
     async def follow(self) -> None:
         """Learn of engines that join, forget those that leave. Runs until cancelled."""
         following: dict[int, asyncio.Task[None]] = {}
         while True:
-            registered = set(self.engines.instance_ids())
+            registered = set(self._engines.instance_ids())
             for instance_id in registered - following.keys():
                 following[instance_id] = asyncio.create_task(self._follow(instance_id))
             for instance_id in following.keys() - registered:
@@ -82,18 +79,18 @@ class Membership:
         name = str(instance_id)
         try:
             info = await self._announcement(instance_id)
-            worker = Worker(instance_id, info, self._agreement.block_size)
+            worker = Worker(instance_id, info)
             name = worker.name
             if info is None:
                 self._fleet.add(worker)
                 log.warning("worker %s announces nothing, so it is routed to by load alone", name)
                 return
-            if reason := self._agreement.misfit(Agreement(info.model, info.tokenizer, info.block_size)):
-                self._fleet.refuse(instance_id, name, reason)
-                return
             self._fleet.add(worker)
-            log.info("worker %s joined: %d blocks of %d tokens", name, info.total_blocks, info.block_size)
-            await asyncio.gather(self._follow_cache(worker, info), self._follow_load(worker, info))
+            size = f"{info.total_blocks} blocks of {info.model.block_size} tokens"
+            log.info("worker %s joined: %s, %s", name, info.model.name, size)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._follow_cache(worker, info))
+                group.create_task(self._follow_load(worker, info))
         except Exception as error:
             log.exception("worker %s can no longer be followed", name)
             self._fleet.refuse(instance_id, name, f"it can no longer be followed: {type(error).__name__}: {error}")
@@ -106,23 +103,23 @@ class Membership:
                 try:
                     return await asyncio.wait_for(self._describe.call(DescribeRequest(), instance_id), timeout=5)
                 except (PipelineError, TimeoutError) as error:
-                    log.warning("worker %d does not describe itself yet: %s", instance_id, error)
-                    deadline += POLL_SECONDS  # it will, or it will leave
+                    log.warning("worker %d does not describe itself yet: %s", instance_id, error or "no answer in 5 s")
+                    deadline = asyncio.get_running_loop().time() + ANNOUNCE_SECONDS  # it will, or it will leave
             await asyncio.sleep(POLL_SECONDS)
         return None
 
     async def _follow_cache(self, worker: Worker, info: WorkerInfo) -> None:
         def snapshot() -> AsyncIterator[CacheSnapshot]:
-            return self._cache.stream(SnapshotRequest(), Context(uuid.uuid4().hex), worker.instance_id)
+            return self._cache.stream(SnapshotRequest(), Context(uuid.uuid4().hex), [worker.instance_id])
 
         events = self._streams[worker.instance_id] = KvEventStream(info.kv_events, info.kv_replay, snapshot)
         async for item, stored in self._fleet.index.follow(worker.instance_id, events):
-            worker.updated(item)
-            worker.stored(stored)
+            worker.on_update(item)
+            worker.on_stored(stored)
 
     async def _follow_load(self, worker: Worker, info: WorkerInfo) -> None:
         async for stat in load_stats(info.load):
-            worker.reported(stat)
+            worker.on_report(stat)
 
     def _is_known(self, instance_id: int) -> bool:
         """Whether a worker's first picture is complete."""

@@ -6,41 +6,50 @@ policy, write a function and put it into `POLICIES`.
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from common.worker import Prompt, Worker
+from common.messages import FindWorkerRequest
+from common.routing.worker import Prompt, Worker
+
+BUSIER = 2.0  # than the least loaded worker, and a session leaves its own
 
 
 @dataclass(slots=True, frozen=True)
 class Weights:
     """What `kv` weighs its terms with. Names and defaults are those of Dynamo's KvRouterConfig, but for the last."""
 
-    overlap_score_credit: float = 1.0  # of a cached block: 0 ignores the caches, above 1 a cached block saves extra
-    prefill_load_scale: float = 1.0  # of the prefill: higher, and the time to the first token counts for more
-    decode_active_request_weight: float = 0.0  # blocks that a request in progress costs, whatever its length
-    router_temperature: float = 0.0  # above 0, workers are drawn, the cheaper the likelier: less of a herd, less cached
-    decode_load_scale: float = (
-        0.25  # of the blocks to read: 1 as in Dynamo, where they cost as much as blocks to compute
-    )
+    # What a cached block saves: 0 ignores the caches, above 1 it saves extra.
+    overlap_score_credit: float = 1.0
+    # What the prefill counts: higher, and so does the time to the first token.
+    prefill_load_scale: float = 1.0
+    # Blocks that a request in progress costs, whatever its length.
+    decode_active_request_weight: float = 0.0
+    # Above 0, workers are drawn, the cheaper the likelier: less of a herd, less cached.
+    router_temperature: float = 0.0
+    # What a block to read costs: 1 in Dynamo, as much as one to compute.
+    decode_load_scale: float = 0.25
 
 
-@dataclass(
-    slots=True, eq=False
-)  # not frozen: that makes them three times as slow to build, and there is one for every worker
+# Not frozen: that makes them three times as slow to build, and there is one for every worker.
+@dataclass(slots=True, eq=False)
 class Candidate:
     """A worker that could take a prompt."""
 
     worker: Worker
+    request: FindWorkerRequest
     prompt: Prompt
-    cached: int  # leading blocks of the prompt that it has
-    held: int  # leading blocks of the prompt that requests in progress there hold, computed or about to be
-    cost: float = 0.0  # by the policy that chose, once it has
+    overlap_blocks: int  # leading blocks of the prompt that it has cached
+    held_blocks: int  # leading blocks of the prompt that requests in progress there hold, computed or about to be
+    had_session: bool = False  # whether it got the last request of the same session
+    peers: Sequence["Candidate"] = ()  # all that could take it, this one among them
+    cost: float = 0.0  # in blocks, by the policy that chose, once it has
 
     @property
-    def expected(self) -> int:
+    def expected_blocks(self) -> int:
         """Leading blocks of the prompt that will be in its cache when the prompt's turn comes."""
-        return max(self.cached, self.held)
+        return max(self.overlap_blocks, self.held_blocks)
 
 
 Policy = Callable[[Candidate, Weights], float]
@@ -60,15 +69,25 @@ def kv(candidate: Candidate, weights: Weights) -> float:
     nothing, because this prompt needs them anyway: so a burst of prompts with the same new prefix computes it once, on
     one worker, instead of once on each.
     """
-    worker, blocks, expected = candidate.worker, candidate.prompt.blocks, candidate.expected
-    waiting = max(worker.prefill_blocks - (expected - candidate.cached), 0.0)
+    worker, blocks, expected = candidate.worker, candidate.prompt.blocks, candidate.expected_blocks
+    waiting = max(worker.prefill_blocks - (expected - candidate.overlap_blocks), 0.0)
     prefill = max(waiting + blocks - weights.overlap_score_credit * expected, 0.0)
-    decode = worker.decode_blocks + blocks - candidate.held
+    decode = worker.decode_blocks + blocks - candidate.held_blocks
     return (
         weights.prefill_load_scale * prefill
         + weights.decode_load_scale * decode
         + weights.decode_active_request_weight * worker.requests
     )
+
+
+def session_affinity(candidate: Candidate, weights: Weights) -> float:
+    """The worker that had the session's last request, unless it is busy, at more than twice the load of the least
+    loaded one: then as `kv`."""
+    if candidate.had_session:
+        least = min(least_loaded(peer, weights) for peer in candidate.peers)
+        if least_loaded(candidate, weights) <= BUSIER * least:
+            return -1.0  # less than kv ever says
+    return kv(candidate, weights)
 
 
 def least_loaded(candidate: Candidate, weights: Weights) -> float:
@@ -88,10 +107,26 @@ def at_random(candidate: Candidate, weights: Weights) -> float:
 
 POLICIES: dict[str, Policy] = {
     "kv": kv,
+    "session-affinity": session_affinity,
     "least-loaded": least_loaded,
     "round-robin": round_robin,
     "random": at_random,
 }
+
+
+class LowestCost:
+    """Takes the worker that is cheapest by a policy."""
+
+    def __init__(self, policy: Policy, weights: Weights) -> None:
+        self._policy = policy
+        self._weights = weights
+
+    @asynccontextmanager
+    async def lease(self, candidates: Sequence[Candidate]) -> AsyncIterator[Candidate]:
+        """Choose one, and count the prompt as load on it for as long as the block runs."""
+        best = choose(candidates, self._policy, self._weights)
+        with best.worker.lease(best.prompt, best.overlap_blocks, best.expected_blocks):
+            yield best
 
 
 def choose(candidates: Sequence[Candidate], policy: Policy, weights: Weights) -> Candidate:

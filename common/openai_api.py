@@ -5,19 +5,22 @@ The request is checked here, in one place, by pydantic; its field names and limi
 add them. To support a field, give it a type here and pass it on in processor.py.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
 
 from common.errors import InvalidRequest
-from common.messages import Usage
+from common.messages import DescribeRequest, EndpointSpec, Message, TokenMessage, Usage
 
-import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from msgspec import UNSET, UnsetType
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 STOP_STRINGS = 4  # OpenAI's limit
 
 
-class _Body(BaseModel):
+class _Body(Message):
+    """What a client may send: nothing that is not named here, and null is not given."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
     @model_validator(mode="before")
@@ -29,22 +32,28 @@ class _Body(BaseModel):
 
 
 class TextPart(_Body):
+    """A part of a message's content."""
+
     type: Literal["text"]
     text: str
 
 
-class _Open(BaseModel):
+class _Open(Message):
     """What this pipeline does not know of it, the chat template may."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
 class FunctionCall(_Open):
+    """What the model wanted to call."""
+
     name: str
     arguments: str
 
 
 class ToolCall(_Open):
+    """A call in an earlier answer of the model."""
+
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -85,29 +94,45 @@ class ChatMessage(_Open):
 
 
 class StreamOptions(_Body):
+    """How to stream."""
+
     include_usage: bool = False
-    include_obfuscation: bool = False  # padding against traffic analysis; there is none to leave out
+    # Padding against traffic analysis; there is none to leave out.
+    include_obfuscation: bool = False
 
 
 class ChatCompletionRequest(_Body):
     """The body of POST /v1/chat/completions."""
 
-    model: str
-    messages: list[ChatMessage] = Field(min_length=1)
-    stream: bool = False
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "pipeline-chat",
+                    "messages": [{"role": "user", "content": "What does the router do?"}],
+                    "max_tokens": 64,
+                    "stream": False,
+                }
+            ]
+        }
+    )
+
+    model: str = Field(description="One of those that GET /v1/models lists.")
+    messages: list[ChatMessage] = Field(min_length=1, description="The conversation so far, the oldest first.")
+    stream: bool = Field(False, description="Answer with server-sent events as the tokens come.")
     stream_options: StreamOptions | None = None
 
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    max_tokens: int | None = Field(None, ge=1, description="Tokens of the answer; by default what the context holds.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="The same by OpenAI's newer name.")
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="-1 and 0 are all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    stop: str | list[str] | None = None
-    ignore_eos: bool = False
+    stop: str | list[str] | None = Field(None, description=f"Up to {STOP_STRINGS} strings that end the answer.")
+    ignore_eos: bool = Field(False, description="Go on after the model's end token.")
 
     # Part of the API and not of this pipeline: taken where they change nothing about the answer, refused where they do.
     n: Literal[1] | None = None
@@ -119,12 +144,12 @@ class ChatCompletionRequest(_Body):
     parallel_tool_calls: bool | None = None
     response_format: "ResponseFormat | None" = None
     modalities: list[Literal["text"]] | None = None
-    user: str | None = None
+    user: str | None = Field(None, description="The session for routing, if nothing else names one.")
     metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    prompt_cache_key: str | None = Field(None, description="The session for routing, unless x-session-id names it.")
 
     @field_validator("stop")
     @classmethod
@@ -147,12 +172,16 @@ class ChatCompletionRequest(_Body):
         return self
 
     @classmethod
-    def parse(cls, body: Any) -> "ChatCompletionRequest":
+    def decode(cls, body: Any) -> Self:
         """Check `body`, decoded JSON. Raises InvalidRequest, which names the field and what is wrong with it."""
         try:
             return cls.model_validate(body)
         except ValidationError as error:
-            raise _explain(error) from error
+            raise explain(error.errors(include_url=False)) from error
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def stop_strings(self) -> list[str]:
@@ -165,6 +194,8 @@ class ChatCompletionRequest(_Body):
 
 
 class ResponseFormat(_Body):
+    """The form of the answer."""
+
     type: Literal["text"]
 
 
@@ -174,46 +205,52 @@ _UNSUPPORTED = {"n", "logprobs", "top_logprobs", "logit_bias", "tools", "tool_ch
 _UNION_ARMS = ("str", "list[str]", "list[TextPart]")  # that pydantic names in a path as if they were fields
 
 
-def _explain(error: ValidationError) -> InvalidRequest:
-    """The fault that pydantic found deepest in the body, in the words of an API."""
-    fault = max(error.errors(include_url=False), key=lambda fault: len(fault["loc"]))
+def explain(faults: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+    """The fault that pydantic found deepest in a body, in the words of an API."""
+    fault = max(faults, key=lambda fault: len(fault["loc"]))
     unknown = fault["loc"][-1:] if fault["type"] == "extra_forbidden" else ()
     path = [part for part in fault["loc"][: -len(unknown) or None] if part not in _UNION_ARMS] + [*unknown]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
     message = f"{param}: {fault['msg']}" if param else fault["msg"]
     if unknown:
         message = f"unknown field {param!r}"
-    elif fault["type"] == "model_type" and not param:
+    elif not param and fault["type"] == "missing":
+        message = "the request body is not valid JSON: it is empty"
+    elif not param and fault["type"] in ("model_type", "model_attributes_type"):
         message = "the request body must be a JSON object"
     elif path and path[0] in _UNSUPPORTED:
         message = f"{param} = {fault['input']!r:.80} is not supported by this pipeline"
-    code = "missing_required_parameter" if fault["type"] == "missing" else None
+    code = "missing_required_parameter" if fault["type"] == "missing" and param else None
     return InvalidRequest(message, param=param or None, code=code)
 
 
-# The answer. Structures of msgspec, because one is made for every few tokens.
+# The answer, in chunks or whole.
 
 
-class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
+class Delta(TokenMessage, kw_only=True, omit_defaults=True):
+    """What a chunk adds to the answer."""
+
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
-class ChunkChoice(msgspec.Struct, kw_only=True):
+class ChunkChoice(TokenMessage, kw_only=True):
+    """The one answer of a chunk."""
+
     index: int = 0
     delta: Delta
     logprobs: None = None
     finish_reason: str | None = None
 
 
-class Routing(msgspec.Struct, kw_only=True):
+class Routing(TokenMessage, kw_only=True):
     """Who answers, on the first chunk; the frontend turns it into response headers."""
 
     worker_id: str
     overlap_blocks: int
 
 
-class ChatCompletionChunk(msgspec.Struct, kw_only=True):
+class ChatCompletionChunk(TokenMessage, kw_only=True):
     """One server-sent event of a streamed answer. The last one, with no choices, has the usage."""
 
     id: str
@@ -221,24 +258,28 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     created: int
     model: str
     choices: list[ChunkChoice]
-    usage: Usage | msgspec.UnsetType = msgspec.UNSET
-    routing: Routing | msgspec.UnsetType = msgspec.UNSET
+    usage: dict[str, Any] | UnsetType = UNSET  # a Usage
+    routing: Routing | UnsetType = UNSET
 
 
-class AssistantMessage(msgspec.Struct, kw_only=True):
+class AssistantMessage(Message):
+    """The whole answer of the model."""
+
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
 
 
-class Choice(msgspec.Struct, kw_only=True):
+class Choice(Message):
+    """The one answer of a completion."""
+
     index: int = 0
     message: AssistantMessage
     logprobs: None = None
     finish_reason: str | None
 
 
-class ChatCompletion(msgspec.Struct, kw_only=True):
+class ChatCompletion(Message):
     """An answer that is not streamed."""
 
     id: str
@@ -249,16 +290,53 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     usage: Usage | None
 
 
-class ModelCard(msgspec.Struct, kw_only=True):
+class ModelCard(Message):
     """A model, as GET /v1/models lists it."""
 
     id: str
     created: int
     object: Literal["model"] = "model"
     owned_by: str = "inference"
-    context_length: int  # tokens of prompt and answer together
+    context_length: int = Field(description="Tokens of prompt and answer together.")
 
 
-class ModelList(msgspec.Struct, kw_only=True):
+class ModelList(Message):
+    """The answer of GET /v1/models."""
+
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class ErrorDetail(Message):
+    """What went wrong."""
+
+    message: str = Field(description="What happened, and what to do about it.")
+    type: str = Field(description="invalid_request_error, rate_limit_error, service_unavailable or server_error")
+    param: str | None = Field(description="The field of the request that is at fault.")
+    code: str | None = Field(description="For programs: model_not_found, context_length_exceeded, no_worker, …")
+
+
+class ErrorBody(Message):
+    """Every error, in OpenAI's form; after the first event of a stream, as an event."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "error": {
+                        "message": "the model 'm' does not exist; this pipeline serves 'pipeline-chat'",
+                        "type": "invalid_request_error",
+                        "param": "model",
+                        "code": "model_not_found",
+                    }
+                }
+            ]
+        }
+    )
+
+    error: ErrorDetail
+
+
+PROCESS = EndpointSpec("processor", "process", ChatCompletionRequest, ChatCompletionChunk)
+DESCRIBE_MODEL = EndpointSpec("processor", "describe", DescribeRequest, ModelCard)
+CHAT_COMPLETIONS = EndpointSpec("frontend", "chat_completions", ChatCompletionRequest, ChatCompletionChunk)

@@ -4,25 +4,25 @@ It takes the time that a GPU would take (or less: `speedup`) and answers with ma
 itself, in Rust; what is here starts it and turns its metrics into the load that our workers publish.
 """
 
-import argparse
 import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from typing import Any
 
-from common.kv_events import publish_load
-from common.messages import LoadStat, WorkerInfo
-from common.model import locate, served_name, tokenizer_fingerprint
-from common.ports import reserved
+from common.engines.ports import reserved
+from common.engines.publisher import publish_load
+from common.messages import GENERATE, LoadStat, ModelIdentity, WorkerInfo
 
 import msgspec
 from dynamo._core import _normalize_mocker_config
 from dynamo.llm import EngineType, EntrypointArgs, FpmEventSubscriber, make_engine, run_input
-from dynamo.runtime import DistributedRuntime
+from dynamo.runtime import DistributedRuntime, Endpoint
 
-ENDPOINT = "inference.engine.generate"
 MAX_CONTEXT = 2**20  # tokens; a simulation can be as long as one likes
+# On the card that the engine registers, which only Dynamo's own frontend reads. It takes one name for an endpoint, so
+# engines of several models in one pipeline must agree on it.
+CARD_NAME = "simulated"
 POLL_SECONDS = 0.1
 STALE_POLLS = 3  # without a new step; the last one's report is then no longer true
 
@@ -61,20 +61,33 @@ class MockerEngine:
         self._ports = ports
 
     @classmethod
-    async def start(cls, args: argparse.Namespace, runtime: DistributedRuntime) -> "MockerEngine":
-        """Make the engine. It is registered once `run` runs."""
+    async def start(
+        cls,
+        runtime: DistributedRuntime,
+        endpoint: Endpoint,
+        *,
+        model_path: str,
+        identity: ModelIdentity,
+        worker_id: str | None,
+        host: str,
+        total_blocks: int,
+        speedup: float,
+    ) -> "MockerEngine":
+        """Make an engine for `endpoint`. It is registered once `run` runs.
+
+        model_path: what `resolve_model` found, for its context and tokenizer; host: where routers reach this machine;
+        total_blocks: KV blocks that fit; speedup: times faster than the simulated GPU.
+        """
         os.environ.setdefault("DYN_SELF_HOST_METADATA", "0")
-        located = locate(args.model)
-        name = served_name(located, args.model_name)
         ports = ExitStack()
         events, replay, load = ports.enter_context(reserved(3))
         config = _normalize_mocker_config(
             {
                 "engine": {
                     "backend": "sglang",
-                    "block_size": args.block_size,
-                    "num_gpu_blocks": args.mocker_blocks,
-                    "speedup_ratio": args.mocker_speedup,
+                    "block_size": identity.block_size,
+                    "num_gpu_blocks": total_blocks,
+                    "speedup_ratio": speedup,
                 },
                 "dynamo": {"zmq_kv_events_port": events, "zmq_replay_port": replay},
             }
@@ -83,41 +96,37 @@ class MockerEngine:
             runtime,
             EntrypointArgs(
                 engine_type=EngineType.Mocker,
-                model_path=located,
-                model_name=name,
-                endpoint_id=ENDPOINT,
+                model_path=model_path,
+                model_name=CARD_NAME,
+                endpoint_id=GENERATE.path,
                 mocker_engine_args=config,
-                kv_cache_block_size=args.block_size,
+                kv_cache_block_size=identity.block_size,
             ),
         )
-        endpoint = runtime.endpoint(ENDPOINT)
         instance_id = endpoint.connection_id()
         info = WorkerInfo(
             instance_id=instance_id,
-            worker_id=args.worker_id or str(instance_id),
-            tokenizer=tokenizer_fingerprint(located),
-            model=name,
-            block_size=args.block_size,
-            total_blocks=args.mocker_blocks,
-            context_length=min(MAX_CONTEXT, args.mocker_blocks * args.block_size),
-            kv_events=f"tcp://{args.host}:{events}",
-            kv_replay=f"tcp://{args.host}:{replay}",
-            load=f"tcp://{args.host}:{load}",
+            worker_id=worker_id or str(instance_id),
+            model=identity,
+            total_blocks=total_blocks,
+            context_length=min(MAX_CONTEXT, total_blocks * identity.block_size),
+            kv_events=f"tcp://{host}:{events}",
+            kv_replay=f"tcp://{host}:{replay}",
+            load=f"tcp://{host}:{load}",
         )
         return cls(info, engine, FpmEventSubscriber(endpoint), ports)
 
     async def run(self, runtime: DistributedRuntime) -> None:
         """Serve requests until the runtime shuts down."""
-        await run_input(runtime, f"dyn://{ENDPOINT}", self._engine)
+        await run_input(runtime, f"dyn://{GENERATE.path}", self._engine)
 
     async def publish(self) -> None:
         """Publish the load. Runs until cancelled."""
-        port = self.info.load.rpartition(":")[2]
-        await publish_load(f"tcp://*:{port}", self._stats())
+        await publish_load(self.info, self._stats())
 
     async def _stats(self) -> AsyncIterator[LoadStat]:
         self._metrics.start_tracking()
-        capacity = self.info.total_blocks * self.info.block_size
+        capacity = self.info.total_blocks * self.info.model.block_size
         seen, polls = -1, 0
         while True:
             await asyncio.sleep(POLL_SECONDS)

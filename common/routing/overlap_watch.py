@@ -8,7 +8,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Collection
 
-from common.worker import Prompt, Worker
+from common.routing.worker import Prompt, Worker
 
 log = logging.getLogger(__name__)
 
@@ -24,23 +24,23 @@ class OverlapWatch:
         self._misses = 0
         self._said_at = REPEATS
 
-    def finished(self, prompt: Prompt) -> None:
+    def on_finished(self, prompt: Prompt) -> None:
         """A prompt has been computed, and so should be in a cache now."""
-        if prompt.path:
-            self._finished[prompt.path[0]] = None
-            self._finished.move_to_end(prompt.path[0])
+        if prompt.sequence_hashes:
+            self._finished[prompt.sequence_hashes[0]] = None
+            self._finished.move_to_end(prompt.sequence_hashes[0])
             if len(self._finished) > REMEMBERED:
                 self._finished.popitem(last=False)
 
-    def asked(self, prompt: Prompt, found: bool, workers: Collection[Worker]) -> None:
+    def on_asked(self, prompt: Prompt, found: bool, workers: Collection[Worker]) -> None:
         """A prompt was looked up, and somebody had its beginning or not."""
         if found:
             self._misses, self._said_at = 0, REPEATS
-        elif prompt.path and prompt.path[0] in self._finished:
+        elif prompt.sequence_hashes and prompt.sequence_hashes[0] in self._finished:
             self._misses += 1
             if self._misses >= self._said_at:
                 self._said_at *= 2
-                log.warning("%d prompts came again and no worker had their beginning: %s", self._misses, cause(workers))
+                log.warning("%d repeated prompts in a row found no cached prefix: %s", self._misses, cause(workers))
 
 
 def cause(workers: Collection[Worker]) -> str:

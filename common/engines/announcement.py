@@ -1,10 +1,11 @@
-"""A worker's account of its own KV cache, for routers that come late or have lost events."""
+"""What an engine tells routers: what it is, and everything that is in its KV cache."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 
+from common.engines.ports import loopback
 from common.kv_events import KvEventStream, Update
-from common.messages import CacheSnapshot, SnapshotRequest, StoredBlocks
+from common.messages import CacheSnapshot, DescribeRequest, SnapshotRequest, StoredBlocks, WorkerInfo
 from common.prefix_index import PrefixIndex
 
 from dynamo.runtime import Context
@@ -14,13 +15,22 @@ PART_BLOCKS = 4096  # in one message of a snapshot
 _SELF = 0
 
 
-class OwnCache:
-    """Engines keep their recent KV events only. This is what all of them amount to, however long ago they were."""
+class Announcement:
+    """Answers routers for an engine that publishes KV events.
 
-    def __init__(self, events: str, replay: str) -> None:
-        self._events = KvEventStream(events, replay)
+    Engines keep their recent events only. This keeps an account of what all of them amount to, however long ago they
+    were, for routers that come late or have lost some.
+    """
+
+    def __init__(self, info: WorkerInfo) -> None:
+        self._info = info
+        self._events = KvEventStream(loopback(info.kv_events), loopback(info.kv_replay))
         self._index = PrefixIndex()
         self._sequence = -1  # of the last batch of events that is in it
+
+    async def describe(self, request: DescribeRequest, context: Context) -> AsyncIterator[WorkerInfo]:
+        """Yield what this worker is."""
+        yield self._info
 
     async def follow(self) -> None:
         """Keep the account. Runs until cancelled."""
@@ -35,18 +45,21 @@ class OwnCache:
         chains = await asyncio.to_thread(self._index.chains, _SELF)
         part, blocks = list[StoredBlocks](), 0
         for chain in _pieces(chains):
-            if blocks + len(chain.names) > PART_BLOCKS:
+            if blocks + len(chain.block_ids) > PART_BLOCKS:
                 yield CacheSnapshot(sequence=sequence, chains=part)
                 part, blocks = [], 0
             part.append(chain)
-            blocks += len(chain.names)
+            blocks += len(chain.block_ids)
         yield CacheSnapshot(sequence=sequence, chains=part)
 
 
 def _pieces(chains: list[StoredBlocks]) -> Iterator[StoredBlocks]:
     """The chains, with those cut up that are too long for a message."""
     for chain in chains:
-        for start in range(0, len(chain.names), PART_BLOCKS):
+        for start in range(0, len(chain.block_ids), PART_BLOCKS):
             end = start + PART_BLOCKS
-            parent = chain.names[start - 1] if start else chain.parent
-            yield StoredBlocks(parent=parent, names=chain.names[start:end], hashes=chain.hashes[start:end])
+            yield StoredBlocks(
+                parent_id=chain.block_ids[start - 1] if start else chain.parent_id,
+                block_ids=chain.block_ids[start:end],
+                local_hashes=chain.local_hashes[start:end],
+            )

@@ -1,0 +1,226 @@
+"""One HTTP request and its answer: their id, what ends them early, and their line in the log."""
+
+import asyncio
+import json
+import logging
+import re
+import string
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
+from typing import NamedTuple
+from urllib.parse import quote
+
+from common.errors import Cancelled, Internal, InvalidRequest, NotFound, PipelineError, Unavailable
+from common.messages import Usage
+from common.openai_api import ChatCompletionChunk, Routing, explain
+
+from dynamo.runtime import Context
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+METADATA = ("x-session-id", "x-priority")  # headers that go along to every stage
+
+
+class _Valid(NamedTuple):
+    """What a header may be."""
+
+    pattern: re.Pattern[str]
+    says: str
+
+
+# Of one word, so that no id can look like another field of a log line.
+_REQUEST_ID = _Valid(re.compile(r"[!#-~]{0,128}"), "at most 128 printable ASCII characters without spaces and quotes")
+_PRIORITY = _Valid(re.compile(r"-?\d{1,9}"), "an integer of at most nine digits")
+
+InProgress = Callable[[Context], AbstractContextManager[None]]
+
+
+class Exchange:
+    """A request, and what the log says of it in one line."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        # The runtime tells requests apart by their context's id, so that is never the caller's choice.
+        context_id = self.request_id = uuid.uuid4().hex
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        self.error: BaseException | None = None
+        try:
+            self.request_id = self._checked("x-request-id", _REQUEST_ID) or context_id
+            self._checked("x-priority", _PRIORITY)
+        except InvalidRequest as error:
+            self.error = error
+        metadata = {name: self.headers[name] for name in METADATA if name in self.headers}
+        self.context = Context(context_id, {"x-request-id": self.request_id, **metadata})
+        self.send = send
+        self._what = f"{scope['method']} {scope['raw_path'].decode('latin-1')}"  # encoded, so of one line
+        self._began = time.perf_counter()
+        self._first: float | None = None  # when the first chunk came
+        self._routing: Routing | None = None
+        self.usage: Usage | None = None
+        self.finish_reason: str | None = None
+
+    def _checked(self, name: str, valid: "_Valid") -> str:
+        """The value of a header, or "". Raises InvalidRequest if it is not what that may be."""
+        value: str | None = self.headers.get(name)
+        if value is not None and not valid.pattern.fullmatch(value):
+            raise InvalidRequest(f"{name} must be {valid.says}", param=name)
+        return value or ""
+
+    @classmethod
+    def of(cls, request: Request) -> "Exchange":
+        """The one that a request belongs to."""
+        exchange: Exchange = request.scope["exchange"]
+        return exchange
+
+    @property
+    def routing_headers(self) -> dict[str, str]:
+        """The response headers that say who answers."""
+        if not self._routing:
+            return {}
+        worker_id = quote(self._routing.worker_id, safe=string.punctuation)  # a worker can have any name
+        return {"x-worker-id": worker_id, "x-kv-overlap-blocks": str(self._routing.overlap_blocks)}
+
+    def note(self, chunk: ChatCompletionChunk) -> None:
+        """Remember what a chunk says. Raises Internal if it says nonsense."""
+        if self._first is None:
+            self._first = time.perf_counter()
+            self._routing = chunk.routing or None
+        if chunk.choices:
+            self.finish_reason = chunk.choices[0].finish_reason
+        if chunk.usage:
+            self.usage = Usage.received(chunk.usage)
+
+    def check_finished(self) -> None:
+        """Raises Internal if the answer is over and has not said why."""
+        if self.finish_reason is None:
+            raise Internal("the processor ended its answer without a finish_reason")
+
+    @asynccontextmanager
+    async def stopped_on_disconnect(self, request: Request) -> AsyncIterator[None]:
+        """Stop the request if the client hangs up while the block runs: until a response streams, nobody else looks."""
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            self.context.stop_generating()
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+
+    def write(self) -> None:
+        """Log it as key=value pairs. What is answered without a chunk, like a list of models, is not worth a line."""
+        if self.error is None and self._first is None:
+            return
+        fields: dict[str, object] = {"request_id": self.request_id, "status": self._status}
+        if self._routing:
+            fields |= {"worker": self._routing.worker_id, "overlap_blocks": self._routing.overlap_blocks}
+        if self.usage:
+            fields["prompt_tokens"] = self.usage.prompt_tokens
+            if self.usage.prompt_tokens_details:
+                fields["cached_tokens"] = self.usage.prompt_tokens_details.cached_tokens
+            fields["completion_tokens"] = self.usage.completion_tokens
+        if self.finish_reason:
+            fields["finish_reason"] = self.finish_reason
+        if self._first is not None:
+            fields["ttft_ms"] = round((self._first - self._began) * 1000, 1)
+        fields["duration_ms"] = round((time.perf_counter() - self._began) * 1000, 1)
+        if self.error and self._status != Cancelled.http_status:
+            fields["error"] = json.dumps(str(self.error))
+        log.info("%s %s", self._what, " ".join(f"{name}={value}" for name, value in fields.items()))
+
+    @property
+    def _status(self) -> int:
+        if isinstance(self.error, asyncio.CancelledError):
+            return Cancelled.http_status
+        if isinstance(self.error, HTTPException):
+            return self.error.status_code
+        return getattr(self.error, "http_status", 500) if self.error else 200
+
+
+class Exchanges:
+    """The outermost layer of the application: begins and ends an Exchange for every request.
+
+    The start of every response passes through here to get its x-request-id; what streams after it need not, and goes
+    out through `Exchange.send`.
+    """
+
+    def __init__(self, app: FastAPI, in_progress: InProgress) -> None:
+        self._app = app
+        self._in_progress = in_progress
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = scope["exchange"] = Exchange(scope, send)
+
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", exchange.request_id.encode("ascii"))]
+            await send(message)
+
+        app: ASGIApp = error_response(exchange.error) if isinstance(exchange.error, PipelineError) else self._app
+        if exchange.headers.get("expect", "100-continue").lower() != "100-continue":
+            exchange.error = HTTPException(417)
+            app = error_response(InvalidRequest("no such expectation can be met: leave the expect header out"), 417)
+        with self._in_progress(exchange.context):
+            try:
+                await app(scope, receive, send_with_id)
+            except Exception as error:
+                exchange.error = error
+                log.exception("request_id=%s failed", exchange.request_id)
+            except asyncio.CancelledError as error:  # the server closes, and this is not done
+                exchange.error = error
+                if not started:
+                    await error_response(Unavailable("this server is being stopped"))(scope, receive, send_with_id)
+            finally:
+                exchange.context.stop_generating()
+                exchange.write()
+
+
+def error_response(error: PipelineError, status: int | None = None) -> JSONResponse:
+    """OpenAI's answer to an error."""
+    return JSONResponse(error.body, status or error.http_status, error.headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every error in OpenAI's form, and leave it to the Exchange."""
+
+    def on_pipeline_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, PipelineError)
+        Exchange.of(request).error = error
+        return error_response(error)
+
+    def on_invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        faults = [{**fault, "loc": fault["loc"][1:]} for fault in error.errors()]  # without "body" or "header"
+        return on_pipeline_error(request, explain(faults))
+
+    def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if isinstance(error.__cause__, PipelineError):  # of our own body's decoding
+            return on_pipeline_error(request, error.__cause__)
+        Exchange.of(request).error = error
+        kind = NotFound if error.status_code == 404 else InvalidRequest
+        return error_response(kind(f"{request.method} {request.url.path}: {error.detail}"), error.status_code)
+
+    def on_fault(request: Request, error: Exception) -> Response:
+        return error_response(Internal(f"{type(error).__name__}: {error}"))
+
+    app.add_exception_handler(PipelineError, on_pipeline_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_fault)

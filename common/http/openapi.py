@@ -1,0 +1,47 @@
+"""What /docs and /openapi.json say of answers, besides what the types of the handlers say."""
+
+from typing import Any
+
+from common.openai_api import ErrorBody
+
+Responses = dict[int | str, dict[str, Any]]
+
+_CHUNK = (
+    '{"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1795629316, "model": "pipeline-chat", '
+    '"choices": [{"index": 0, "delta": {"role": "assistant", "content": "It"}, "logprobs": null, '
+    '"finish_reason": null}]}'
+)
+ANSWER: Responses = {
+    200: {
+        "description": "The answer: one body, or with `stream` a chunk of it in each server-sent event.",
+        "content": {
+            "text/event-stream": {"schema": {"type": "string"}, "example": f"data: {_CHUNK}\n\ndata: [DONE]\n\n"}
+        },
+    }
+}
+HEADERS = {
+    "x-request-id": "Request id, in every log line and in the answer; generated if absent.",
+    "x-session-id": "Session id. The policy session-affinity keeps the requests of a session on one worker.",
+    "x-priority": "An integer for routing policies, 0 if absent: higher is more urgent.",
+}
+# Described here and not in the handler's signature, where FastAPI would read them again for every request.
+PARAMETERS = {
+    "parameters": [
+        {"name": name, "in": "header", "description": description, "schema": {"type": "string"}}
+        for name, description in HEADERS.items()
+    ]
+}
+_ERRORS = {
+    400: "The request is not valid, or does not fit into the model's context.",
+    404: "No processor serves this model.",
+    413: "The body is larger than 32 MB.",
+    429: "The engine has no room for the request now.",
+    500: "A fault of this pipeline, or of an engine.",
+    503: "No processor, router or engine is running or fits, or too many have died.",
+}
+
+
+def errors(*statuses: int) -> Responses:
+    """The errors of a route. With a default among them, FastAPI does not add one of its own that never comes."""
+    described: Responses = {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses}
+    return described | {"default": {"model": ErrorBody, "description": "Any other error."}}

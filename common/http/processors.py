@@ -1,0 +1,105 @@
+"""Which processor serves which model."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from common.errors import NotFound, PipelineError, Unavailable
+from common.messages import DescribeRequest
+from common.openai_api import ChatCompletionChunk, ChatCompletionRequest, ModelCard
+from common.remote import Remote
+
+from dynamo.runtime import Context
+
+DESCRIBE_SECONDS = 2.0  # for a processor that is new to say what it serves, before a request is told that nobody does
+RETRY_SECONDS = 1.0  # until a processor that could not say is asked again
+
+
+@dataclass(slots=True)
+class _Known:
+    """A processor, and what it has said."""
+
+    since: float  # on the loop's clock
+    asking: asyncio.Task[None] | None = None
+    card: ModelCard | None = None
+
+
+class Processors:
+    """The processors that are running, found by the model that a request names.
+
+    Each says once which model it serves: it is asked when it is first seen, and again until it answers.
+    """
+
+    def __init__(
+        self,
+        process: Remote[ChatCompletionRequest, ChatCompletionChunk],
+        describe: Remote[DescribeRequest, ModelCard],
+    ) -> None:
+        self.process = process
+        self._describe = describe
+        self._known: dict[int, _Known] = {}
+
+    async def models(self) -> list[ModelCard]:
+        """A card for each model."""
+        await self._meet()
+        return list({card.id: card for card in self._cards().values()}.values())
+
+    async def find(self, model: str) -> dict[int, ModelCard]:
+        """The instances that serve a model, with their cards. Raises NotFound, with the models that there are, or
+        Unavailable."""
+        self._look()
+        if found := self._serving(model):
+            return found
+        await self._meet()
+        if found := self._serving(model):
+            return found
+        names = sorted({card.id for card in self._cards().values()})
+        if not names:
+            raise Unavailable("no processor is running; try again in a moment", code="no_processor")
+        raise NotFound(
+            f"the model {model!r} does not exist; this pipeline serves {', '.join(map(repr, names))}",
+            code="model_not_found",
+            param="model",
+        )
+
+    async def stream(self, request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
+        """Yield what a processor of the model answers. Raises PipelineError, as `find` and `Remote.stream` do."""
+        found = await self.find(request.model)
+        async with aclosing(self.process.stream(request, context, list(found))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    def _serving(self, model: str) -> dict[int, ModelCard]:
+        return {instance_id: card for instance_id, card in self._cards().items() if card.id == model}
+
+    def _cards(self) -> dict[int, ModelCard]:
+        """What the processors have said, by instance."""
+        return {instance_id: known.card for instance_id, known in self._known.items() if known.card}
+
+    def _look(self) -> None:
+        """Ask the processors that are new, and forget those that have left."""
+        there = set(self._describe.instance_ids())
+        for instance_id in self._known.keys() - there:
+            if asking := self._known.pop(instance_id).asking:
+                asking.cancel()
+        for instance_id in there - self._known.keys():
+            known = self._known[instance_id] = _Known(asyncio.get_running_loop().time())
+            known.asking = asyncio.create_task(self._ask(instance_id, known))
+
+    async def _meet(self) -> None:
+        """Give the processors that are new the time to say what they serve; one that hangs had its time before."""
+        self._look()
+        latest = asyncio.get_running_loop().time() - DESCRIBE_SECONDS
+        new = [known for known in self._known.values() if known.card is None and known.since > latest]
+        tasks = [known.asking for known in new if known.asking]
+        if tasks:
+            await asyncio.wait(tasks, timeout=min(known.since for known in new) - latest)
+
+    async def _ask(self, instance_id: int, known: _Known) -> None:
+        while known.card is None:
+            try:
+                async with asyncio.timeout(DESCRIBE_SECONDS):
+                    known.card = await self._describe.call(DescribeRequest(), instance_id)
+            except (PipelineError, TimeoutError):
+                await asyncio.sleep(RETRY_SECONDS)

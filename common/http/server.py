@@ -1,0 +1,60 @@
+"""The HTTP server, beside the endpoints of a service."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+from common.errors import StartupError
+
+import uvicorn
+from starlette.types import ASGIApp
+
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 1  # for connections that are still busy once the requests have been answered or cut off
+KEEP_ALIVE_SECONDS = 75  # idle keep-alive; longer than most clients' and proxies'
+BACKLOG = 2048  # connections that may wait to be accepted
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the service's: uvicorn would take them over, and raise them again at its end."""
+        yield
+
+
+@asynccontextmanager
+async def listening(app: ASGIApp, host: str, port: int) -> AsyncIterator[None]:
+    """Serve HTTP while the block runs. Raises StartupError if nothing can listen there."""
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        loop="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
+    )
+    server = _Server(config)
+    with _listener(host, port) as listener:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        log.info("listening on http://%s:%d", host, port)
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await serving
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:  # the latter is said of a port that no machine has
+        raise StartupError(f"cannot listen on {host}:{port} (--host, --port): {error}") from error

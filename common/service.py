@@ -1,0 +1,294 @@
+"""The life of a program: wait for NATS and etcd, serve endpoints, drain on a signal, leave.
+
+Every program begins with `run` and serves inside `Service`:
+
+    @dynamo_worker()
+    async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
+        async with Service(runtime, drain_seconds=args.drain_seconds) as service:
+            service.add(runtime.endpoint(FIND_WORKER.path), FIND_WORKER, handler)
+            await service.serve()
+            await service.stopped()
+
+    if __name__ == "__main__":
+        sys.exit(run(main, parser(__doc__).parse_args()))
+
+Endpoints and clients are made before `serve`. Made later, `runtime.endpoint` would hold Python's lock while it waits
+for the runtime's threads, which wait for that lock with the requests that have arrived, and the process would stand
+still.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, NoReturn, cast
+from urllib.parse import urlsplit
+
+from common.errors import Cancelled, Internal, PipelineError, StartupError
+from common.messages import Answer, EndpointSpec, Failure, Request
+from common.remote import Remote
+
+import uvloop
+from dynamo.runtime import Context, DistributedRuntime, Endpoint
+
+log = logging.getLogger(__name__)
+
+REGISTER_SECONDS = 0.02  # between looks at whether etcd knows us
+LOOK_SECONDS = 0.05  # between looks at whether requests are still in progress
+LAST_WORDS_SECONDS = 1.0  # for a request that is cut off to send its error
+LEAVE_SECONDS = 5.0  # for the runtime to shut down its endpoints
+UNREGISTER_SECONDS = 2.0  # for etcd to take an endpoint out of discovery
+
+# What Dynamo reads when its runtime is made.
+_RUNTIME_DEFAULTS = {"DYN_REQUEST_PLANE": "nats", "DYN_DISCOVERY_BACKEND": "etcd", "DYN_EVENT_PLANE": "nats"}
+
+Handler = Callable[[Request, Context], AsyncIterator[Answer]]
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the docstring of the program as it stands, and the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False or action.default == []
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line with the options that all programs have."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=Formatter)
+    arguments.add_argument(
+        "--drain-seconds", type=float, default=30.0, help="on SIGTERM, how long to wait for requests in progress"
+    )
+    arguments.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    return arguments
+
+
+def run(main: Callable[[argparse.Namespace], Awaitable[None]], args: argparse.Namespace) -> int:
+    """Run a `@dynamo_worker` main to its end, once NATS and etcd can be reached. Returns the exit code."""
+    _log_to_stderr(args.log_level.upper())
+    for name, value in _RUNTIME_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    for number in (signal.SIGTERM, signal.SIGINT):  # nothing is served yet, so nothing has to be finished
+        signal.signal(number, lambda *_: sys.exit(0))
+
+    async def when_ready() -> None:
+        if os.environ["DYN_REQUEST_PLANE"] == "nats":
+            await until_reachable("NATS", os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222"))
+        if os.environ["DYN_DISCOVERY_BACKEND"] == "etcd":
+            await until_reachable("etcd", os.environ.get("ETCD_ENDPOINTS", "http://127.0.0.1:2379"))
+        await main(args)
+
+    try:
+        uvloop.run(when_ready())
+    except StartupError as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+def _log_to_stderr(level: str) -> None:
+    """Our own loggers get a handler of their own: SGLang resets the root's."""
+    program = os.path.basename(sys.argv[0]).removesuffix(".py")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {program}: %(message)s"))
+    for name in ("__main__", "common", "uvicorn.error", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.setLevel(level if name in ("__main__", "common") else "WARNING")
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+async def until_reachable(name: str, addresses: str) -> None:
+    """Return once one of the comma-separated URLs accepts connections. Without a port, they are those of `name`."""
+    default_port = {"NATS": 4222, "etcd": 2379}[name]
+    attempt = 0
+    while True:
+        for address in addresses.split(","):
+            url = urlsplit(address.strip() if "//" in address else f"//{address.strip()}")
+            try:
+                _, writer = await asyncio.open_connection(url.hostname, url.port or default_port)
+            except OSError:
+                continue
+            writer.close()
+            return
+        if attempt % 20 == 0:
+            log.info("waiting for %s at %s", name, addresses)
+        attempt += 1
+        await asyncio.sleep(0.5)
+
+
+class Service:
+    """The endpoints that one process serves, from registration to the last answer."""
+
+    def __init__(self, runtime: DistributedRuntime, *, drain_seconds: float) -> None:
+        self._runtime = runtime
+        self._drain_seconds = drain_seconds
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._in_progress: set[Context] = set()
+        self._failure: str | None = None
+        self._added: list[tuple[str, Endpoint, Callable[[], Awaitable[Any]]]] = []
+        self._registered: list[Endpoint] = []
+        self._served: list[asyncio.Future[Any]] = []
+        self._background: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> "Service":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
+        return self
+
+    def add(
+        self,
+        endpoint: Endpoint,
+        spec: EndpointSpec[Request, Answer],
+        handler: Handler[Request, Answer],
+    ) -> None:
+        """Serve `endpoint` with `handler`, an asynchronous generator that gets a request and yields messages, both of
+        the types that `spec` names. It begins with `serve`."""
+
+        # The runtime looks for a parameter of this very name.
+        async def answer(body: object, context: Context) -> AsyncIterator[object]:
+            with self.in_progress(context):
+                try:
+                    generator = cast(AsyncGenerator[Answer], handler(spec.request.decode(body), context))
+                    async with aclosing(generator) as messages:
+                        async for message in messages:
+                            yield message.encode()
+                except PipelineError as error:
+                    level = logging.ERROR if isinstance(error, Internal) else logging.INFO
+                    text = json.dumps(error.message, ensure_ascii=False)
+                    log.log(level, "request_id=%s %s error=%s", request_id(context), error.kind, text)
+                    # One that was cancelled by us must not look like the end of the answer.
+                    if self.stopping or not isinstance(error, Cancelled):
+                        yield Failure.of(error).encode()
+                except Exception as error:
+                    log.exception("request_id=%s failed", request_id(context))
+                    yield Failure.of(Internal(f"{spec.path} failed: {type(error).__name__}: {error}")).encode()
+
+        self._added.append((spec.path, endpoint, lambda: self._register(endpoint, answer)))
+
+    def _register(self, endpoint: Endpoint, answer: Any) -> Awaitable[Any]:
+        self._registered.append(endpoint)
+        return endpoint.serve_endpoint(answer)
+
+    def add_served(self, endpoint: Endpoint, spec: EndpointSpec[Any, Any], serve: Callable[[], Awaitable[Any]]) -> None:
+        """Have `endpoint` served by `serve`, which registers it and answers its requests in its own way."""
+        self._added.append((spec.path, endpoint, serve))
+
+    async def serve(self) -> None:
+        """Return once everything that was added is registered, in that order. If serving ends before it was asked to,
+        this program stops with an error."""
+        DistributedRuntime.endpoint = _too_late  # type: ignore[method-assign]
+        for path, endpoint, serve in self._added:
+            if self.stopping:
+                return
+            future = asyncio.ensure_future(serve())
+            future.add_done_callback(self._on_end)
+            self._served.append(future)
+            client = await endpoint.client()
+            while endpoint.connection_id() not in client.instance_ids() and not self.stopping:
+                await asyncio.sleep(REGISTER_SECONDS)
+            log.info("serving %s as instance %d", path, endpoint.connection_id())
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` beside the endpoints until this program leaves. It must not end before."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._on_end)
+        self._background.append(task)
+
+    def _on_end(self, future: asyncio.Future[Any]) -> None:
+        error = None if future.cancelled() else future.exception()
+        if not self.stopping:
+            self._failure = repr(error) if error else "no longer served; was the connection to etcd lost?"
+            log.error("stopping: %s", self._failure)
+            self.stop()
+
+    @contextmanager
+    def in_progress(self, context: Context) -> Iterator[None]:
+        """Marks a request that a stopping program waits for; when it has waited enough, it stops `context`."""
+        self._in_progress.add(context)
+        try:
+            yield
+        finally:
+            self._in_progress.discard(context)
+
+    def stop(self) -> None:
+        """Begin to leave. A second call leaves without waiting for requests in progress."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    async def wait_for(self, *remotes: Remote[Any, Any]) -> None:
+        """Say what this program is waiting for, until it is there or it is time to leave."""
+        for remote in remotes:
+            await first_of(remote.wait(), self.stopped())
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    async def stopped(self) -> None:
+        """Return when it is time to leave: a signal came, or serving failed. A handler that holds its stream open for
+        the caller's sake ends it then."""
+        await self._stop.wait()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stop.set()
+        await self._drain()
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        self._runtime.shutdown()
+        if self._served:
+            await asyncio.wait(self._served, timeout=LEAVE_SECONDS)
+        log.info("stopped")
+        if self._failure:
+            raise StartupError(f"ended before it was asked to: {self._failure}")
+
+    async def _drain(self) -> None:
+        """Take this process out of discovery, then wait for the requests in progress, and cut off what is left."""
+        for endpoint in self._registered:
+            try:
+                await asyncio.wait_for(endpoint.unregister_endpoint_instance(), UNREGISTER_SECONDS)
+            except Exception as error:  # etcd may be what is gone; it forgets us when our lease ends
+                log.warning("could not leave discovery: %r", error)
+        if self._in_progress:
+            log.info("left discovery; finishing %d requests", len(self._in_progress))
+        await first_of(self._until(self._over), self._hurry.wait(), seconds=self._drain_seconds)
+        if not self._over():
+            log.warning("cutting off %d requests", sum(not context.is_stopped() for context in self._in_progress))
+            for context in list(self._in_progress):
+                context.stop_generating()
+            await first_of(self._until(lambda: not self._in_progress), seconds=LAST_WORDS_SECONDS)
+
+    def _over(self) -> bool:
+        """Whether no request is in progress. One whose caller went away is over, whatever its handler does."""
+        return all(context.is_stopped() for context in self._in_progress)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await asyncio.sleep(LOOK_SECONDS)
+
+
+async def first_of(*events: Awaitable[object], seconds: float | None = None) -> None:
+    """Return when the first of `events` has happened, or after `seconds`."""
+    tasks = [asyncio.ensure_future(event) for event in events]
+    try:
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def request_id(context: Context) -> str:
+    """The id that the caller knows the request by."""
+    return context.metadata.get("x-request-id") or context.id()
+
+
+def _too_late(*_: object, **__: object) -> NoReturn:
+    raise RuntimeError("make every endpoint and client before Service.serve(): made now, it could hang this process")

@@ -1,6 +1,6 @@
-"""Runs the whole pipeline on this machine: NATS, etcd, the engines, the router, the processor and the frontend.
+"""Runs the whole pipeline on this machine: NATS, etcd, the engines, the router, the processors and the frontend.
 
-Starts each part, waits until all are ready, checks them with a real request, and then watches over them: a part that
+Starts each part, waits until all are ready, checks them with real requests, and then watches over them: a part that
 dies is started again. Ctrl-C ends everything in order.
 
 With NATS_SERVER or ETCD_ENDPOINTS set, those servers are used and none is started.
@@ -8,8 +8,8 @@ With NATS_SERVER or ETCD_ENDPOINTS set, those servers are used and none is start
 
 import argparse
 import asyncio
-import ctypes
 import errno
+import http.client
 import json
 import os
 import shutil
@@ -18,414 +18,283 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-REPOSITORY = Path(__file__).parent.parent
+import engine
+import frontend
+import processor
+import router
+from common import service
+from common.engines.ports import free_ports
+from common.messages import FIND_WORKER, GENERATE, NAMESPACE
+from common.model import BLOCK_SIZE, DEFAULT_MODEL, served_name
+from common.openai_api import PROCESS
+from scripts.part import BOLD, CLEAR_LINE, REPOSITORY, TERMINAL, LaunchError, Part, paint, say
+
 NATS_PAYLOAD = "32MB"  # a prompt of a million tokens is about 7 MB of token ids
-START_SECONDS = 900  # a large model takes minutes to load, and to download even longer
 REACH_SECONDS = 10  # for servers that are said to run already
-STOP_SECONDS = 45  # the programs give requests in progress 30
-BACK_OFF = (1.0, 30.0)  # seconds before a part is started again, at first and at most
-STEADY_SECONDS = 60  # after so long the next death counts as the first
+JOIN_SECONDS = 30  # for parts that are ready to find each other
+ANSWER_SECONDS = 60
+STOP_SECONDS = 15  # for a program to end, besides what it gives requests in progress
+SIGN_SECONDS = 0.5 if TERMINAL else 10.0  # between signs of life while parts start
 GPU_SHARE = 0.85  # of a GPU's memory for engines
-PR_SET_PDEATHSIG = 1
+QUESTION = "What does the router do, and how does it know which worker has my prompt cached?"
+LOCAL = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where this machine reaches a server that listens on all addresses
 
 
-class LaunchError(Exception):
-    """The pipeline cannot start, with what to do about it."""
-
-
-@dataclass
-class Part:
-    """A process of the pipeline."""
-
-    name: str
-    command: Sequence[str]
-    log: Path
-    ready: str  # what its log says when it is ready
-    environment: Mapping[str, str] = field(default_factory=dict)
-    process: asyncio.subprocess.Process | None = None
-    _log_start: int = 0
-
-    async def start(self) -> None:
-        """Start it, or start it again."""
-        if self.process is None:
-            self.log.write_bytes(b"")
-        self._log_start = self.log.stat().st_size
-        with self.log.open("ab") as output:
-            self.process = await asyncio.create_subprocess_exec(
-                *self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd=REPOSITORY,
-                env={**os.environ, **self.environment},
-                start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the parts in order
-                preexec_fn=_die_with_parent(os.getpid()),
-            )
-
-    async def wait_until_ready(self) -> None:
-        """Raises LaunchError if the part dies first, or takes too long."""
-        began = time.monotonic()
-        while self.ready not in self._log_text():
-            if self.process is None or self.process.returncode is not None:
-                raise LaunchError(f"{self.name} died. The end of {self.log}:\n{self.tail()}")
-            if time.monotonic() - began > START_SECONDS:
-                raise LaunchError(f"{self.name} is not ready after {START_SECONDS} s; see {self.log}")
-            await asyncio.sleep(0.1)
-        say(f"{self.name} is ready ({time.monotonic() - began:.1f} s)")
-
-    async def stop(self, seconds: float) -> None:
-        """End it with SIGTERM, after `seconds` with SIGKILL, and with it whatever it started."""
-        if self.process is None:
-            return
-        if self.process.returncode is None:
-            self.process.terminate()
-            try:
-                await asyncio.wait_for(self.process.wait(), seconds)
-            except TimeoutError:
-                say(f"{self.name} did not end after {seconds:g} s and is killed")
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        await self.process.wait()
-
-    def tail(self, lines: int = 15) -> str:
-        return "\n".join("    " + line for line in self._log_text().splitlines()[-lines:])
-
-    def _log_text(self) -> str:
-        return self.log.read_bytes()[self._log_start :].decode(errors="replace")
-
-
-def _die_with_parent(parent: int) -> Callable[[], None]:
-    """For the child between fork and exec: the kernel kills it when the launcher is gone, however that went."""
-    libc = ctypes.CDLL(None)
-
-    def prepare() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return prepare
+# The command lines of the programs, whose options are handed on.
+PARSERS = {
+    "processor": processor.arguments,
+    "router": router.arguments,
+    "engine": engine.arguments,
+    "frontend": frontend.arguments,
+}
 
 
 class Launcher:
     """The parts of one pipeline."""
 
-    def __init__(self, args: argparse.Namespace, extra: list[str]) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        self._extra = extra
-        self._address = address_of(args.host, args.port)
+        self._host = LOCAL.get(args.host, args.host)
         self._logs = REPOSITORY / "logs" / str(args.port)
         self._data = self._logs / "data"
         self._claims: list[socket.socket] = []
         self._environment: dict[str, str] = {}
         self._parts: list[Part] = []
-        self._watches: list[asyncio.Task[bool]] = []
-        self._stopping = asyncio.Event()
-        self._hurry = False
 
     async def run(self) -> None:
-        """Start everything, watch over it until a signal comes, and end it."""
+        """Start everything, watch over it until a signal comes, and end it. Raises LaunchError if it cannot start."""
+        work = asyncio.create_task(self._work())
+
+        def stop() -> None:
+            if work.cancelling() or not work.cancel():  # for the second time
+                for part in self._parts:
+                    part.kill()
+
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, self._stop)
+            asyncio.get_running_loop().add_signal_handler(number, stop)
         try:
-            if await self._unless_stopped(self._start()):
-                self._report()
-                await asyncio.gather(*self._watches)
+            await work
+        except asyncio.CancelledError:
+            pass
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
         finally:
             await self._end()
 
-    def _stop(self) -> None:
-        self._hurry = self._stopping.is_set()
-        self._stopping.set()
-        if self._hurry:
-            for part in self._parts:
-                if part.process and part.process.returncode is None:
-                    part.process.kill()
-
-    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Do `work` to its end, or until it is time to stop. Whether it came to its end."""
-        task, stop = asyncio.create_task(work), asyncio.create_task(self._stopping.wait())
-        await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if task.done():
-            task.result()
-            return True
-        task.cancel()
-        await asyncio.wait((task,))
-        return False
-
-    async def _start(self) -> None:
-        args = self._args
-        self._claim_http_port()
+    async def _work(self) -> None:
+        try:
+            self._claims.append(claim(self._args.port, self._args.host))
+        except LaunchError as error:
+            raise LaunchError(f"{error}; use another one: ./launch.sh --port N") from error
         shutil.rmtree(self._data, ignore_errors=True)  # of a launch that was killed
         self._data.mkdir(parents=True)
-        await self._start_servers()
-        send_tokens = ["--send-tokens"] if args.policy == "dynamo" else []
-        engines = [self._engine(number) for number in range(args.engines)]
-        model = self._model_options()
-        others = [
-            self._program("router", [*model, "--policy", args.policy], "serving inference.router.find_worker"),
-            self._program("processor", [*model, *send_tokens], "serving inference.processor.process"),
-            self._program("frontend", ["--port", str(args.port), "--host", args.host], "listening on"),
-        ]
-        await asyncio.gather(self._start_engines(engines), *(self._start_part(part) for part in others))
-        await asyncio.to_thread(self._check)
+        async with asyncio.TaskGroup() as group:
 
-    def _claim_http_port(self) -> None:
-        host, port = self._args.host, self._args.port
-        try:
-            self._claims.append(claim(port, host))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise LaunchError(f"cannot listen on {host}:{port} (--host, --port): {error.strerror}") from error
-            command = sys.argv[0].replace("scripts/launch.py", "launch.sh")
-            raise LaunchError(f"port {port} is in use; use another one: {command} --port N") from error
+            async def start(parts: list[Part]) -> None:
+                """One after the other."""
+                for part in parts:
+                    await part.start()
+                    group.create_task(part.keep_running())
 
-    def _prefer_port(self, port: int) -> int:
-        """`port` if it is free, else one that is."""
-        taken = port
+            signs = group.create_task(self._show_signs_of_life())
+            for rows in ([await self._nats(), await self._etcd()], [*self._engines(), *self._others()]):
+                self._parts += [part for row in rows for part in row]
+                await asyncio.gather(*(group.create_task(start(row)) for row in rows))
+            model = await self._check()
+            signs.cancel()
+            self._report(model)
+
+    async def _show_signs_of_life(self) -> None:
+        """Say what is being waited for: on a terminal in one line that changes, else now and then."""
+        began = time.monotonic()
         while True:
-            try:
-                self._claims.append(claim(taken))
-                break
-            except OSError:
-                taken = any_port()
-        if taken != port:
-            say(f"port {port} is in use; taking {taken}")
-        return taken
+            await asyncio.sleep(SIGN_SECONDS)
+            names = ", ".join(part.name for part in self._parts if not part.ready) or "answers"
+            text = f"launch: waiting for {names} … {time.monotonic() - began:.0f} s"
+            columns = shutil.get_terminal_size().columns - 1  # a line that wraps could not be cleared
+            print(f"{CLEAR_LINE}{text[:columns]}" if TERMINAL else f"{text}\n", end="", flush=True)
 
-    async def _start_servers(self) -> None:
-        servers = []
-        if "NATS_SERVER" in os.environ:
-            await reach("NATS", "NATS_SERVER", 4222)
-        else:
-            port = self._prefer_port(4222)
-            config = self._data / "nats.conf"
-            config.write_text(
-                f"host: 127.0.0.1\nport: {port}\nmax_payload: {NATS_PAYLOAD}\n"
-                f'jetstream {{ store_dir: "{self._data}/nats" }}\n'
-            )
-            servers.append(self._part("nats", [find("nats-server"), "-c", str(config)], "Server is ready"))
-            self._environment["NATS_SERVER"] = f"nats://127.0.0.1:{port}"
-        if "ETCD_ENDPOINTS" in os.environ:
-            await reach("etcd", "ETCD_ENDPOINTS", 2379)
-        else:
-            client, peer = (f"http://127.0.0.1:{self._prefer_port(port)}" for port in (2379, 2380))
-            command = [
-                find("etcd"),
-                f"--data-dir={self._data}/etcd",
-                f"--listen-client-urls={client}",
-                f"--advertise-client-urls={client}",
-                f"--listen-peer-urls={peer}",
-                f"--initial-advertise-peer-urls={peer}",
-                f"--initial-cluster=default={peer}",
-                "--unsafe-no-fsync",  # nothing in it outlives this run
-            ]
-            servers.append(self._part("etcd", command, "ready to serve client requests"))
-            self._environment["ETCD_ENDPOINTS"] = client
-        await asyncio.gather(*(self._start_part(part) for part in servers))
-
-    async def _start_engines(self, engines: list[Part]) -> None:
-        """All at once, but one after the other where they share a GPU: each measures what is free."""
-        gpus = count_gpus() if self._args.backend == "sglang" else 0
-        rows = [engines[first::gpus] for first in range(min(gpus, len(engines)))] if gpus else [[e] for e in engines]
-
-        async def start_row(row: list[Part], gpu: int) -> None:
-            for number, part in enumerate(row):
-                if gpus:
-                    part.environment = {**part.environment, "CUDA_VISIBLE_DEVICES": str(gpu)}
-                    part.command = [*part.command, "--gpu-memory-fraction", f"{GPU_SHARE / (len(row) - number):.3f}"]
-                await self._start_part(part)
-
-        await asyncio.gather(*(start_row(row, gpu) for gpu, row in enumerate(rows)))
-
-    def _model_options(self) -> list[str]:
-        options = ["--block-size", str(self._args.block_size)]
-        for name in ("model", "model_name"):
-            if value := getattr(self._args, name):
-                options += [f"--{name.replace('_', '-')}", value]
-        return options
-
-    def _engine(self, number: int) -> Part:
-        options = ["--worker-id", str(number), "--backend", self._args.backend, *self._model_options(), *self._extra]
-        part = self._program("engine", options, "serving inference.engine.generate")
-        part.name, part.log = f"engine {number}", self._logs / f"engine-{number}.log"
-        return part
-
-    def _program(self, name: str, options: list[str], ready: str) -> Part:
-        return self._part(name, [sys.executable, str(REPOSITORY / f"{name}.py"), *options], ready)
-
-    def _part(self, name: str, command: Sequence[str], ready: str) -> Part:
-        return Part(name, command, self._logs / f"{name}.log", ready, self._environment)
-
-    async def _start_part(self, part: Part) -> None:
-        self._parts.append(part)
-        await part.start()
-        await part.wait_until_ready()
-        self._watches.append(asyncio.create_task(self._unless_stopped(self._watch(part))))
-
-    def _check(self) -> None:
-        """Ask the pipeline a real question, once every engine has joined."""
-        deadline = time.monotonic() + 30
-        while not self._healthy(health := self._health()):
-            if time.monotonic() > deadline:
-                raise LaunchError(f"the parts are ready but do not find each other: {health}; see {self._logs}")
-            time.sleep(0.1)
+    def _server_port(self, wanted: int) -> int:
+        """Claim the port that is wanted, or another one if it is in use."""
         try:
-            self._model = self._get("/v1/models")["data"][0]["id"]
-            question = {"model": self._model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16}
-            began = time.monotonic()
-            answer = self._get("/v1/chat/completions", question)
-        except OSError as error:
-            reason = error.read().decode() if isinstance(error, urllib.error.HTTPError) else error
-            raise LaunchError(f"a first request failed: {reason}; see {self._logs}") from error
-        tokens = answer["usage"]["completion_tokens"]
-        say(f"a first request was answered with {tokens} tokens in {time.monotonic() - began:.2f} s")
+            self._claims.append(claim(wanted))
+            return wanted
+        except LaunchError as error:
+            [port] = free_ports(1)
+            say(f"{error}; taking {port}")
+            return self._server_port(port)
 
-    def _healthy(self, health: Any) -> bool:
-        return bool(health["status"] == "healthy" and health["instances"]["engine"] >= self._args.engines)
-
-    def _health(self) -> Any:
-        try:
-            return self._get("/health")
-        except urllib.error.HTTPError as error:
-            return json.load(error)
-        except OSError as error:  # the frontend died and is being started again
-            return {"status": str(error)}
-
-    def _get(self, path: str, body: object = None) -> Any:
-        request = urllib.request.Request(
-            f"{self._address}{path}",
-            data=json.dumps(body).encode() if body else None,
-            headers={"content-type": "application/json"},
+    async def _nats(self) -> list[Part]:
+        if await runs_already("NATS", "NATS_SERVER"):
+            return []
+        port = self._server_port(4222)
+        config = self._data / "nats.conf"
+        config.write_text(
+            f"host: 127.0.0.1\nport: {port}\nmax_payload: {NATS_PAYLOAD}\n"
+            f'jetstream {{ store_dir: "{self._data}/nats" }}\n'
         )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.load(response)
+        self._environment["NATS_SERVER"] = f"nats://127.0.0.1:{port}"
+        return [self._part("nats", [find("nats-server"), "-c", str(config)], "Server is ready")]
 
-    def _report(self) -> None:
-        address = self._address
-        question = "What does the router do, and how does it know which worker has my prompt cached?"
-        body = {
-            "model": self._model,
-            "stream": True,
-            "max_tokens": 64,
-            "messages": [{"role": "user", "content": question}],
-        }
-        servers = " ".join(f"{name}={value}" for name, value in self._environment.items())
-        say(f"the pipeline is up at {address} (OpenAI clients: {address}/v1)")
-        if servers:
+    async def _etcd(self) -> list[Part]:
+        if await runs_already("etcd", "ETCD_ENDPOINTS"):
+            return []
+        client, peer = (f"http://127.0.0.1:{self._server_port(port)}" for port in (2379, 2380))
+        options = [f"--listen-client-urls={client}", f"--advertise-client-urls={client}"]
+        options += [f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}"]
+        options += [f"--initial-cluster=default={peer}", f"--data-dir={self._data}/etcd"]
+        options += ["--unsafe-no-fsync"]  # nothing in it outlives this run
+        self._environment["ETCD_ENDPOINTS"] = client
+        return [self._part("etcd", [find("etcd"), *options], "ready to serve client requests")]
+
+    def _engines(self) -> list[list[Part]]:
+        """In rows to start one after the other: those that share a GPU, of which each measures how much is free."""
+        args = self._args
+        count = args.engines * len(args.models)
+        found = subprocess.getoutput("nvidia-smi -L").splitlines() if args.backend == "sglang" else []
+        gpus = min(sum(line.startswith("GPU ") for line in found), count)
+        rows: list[list[Part]] = [[] for _ in range(gpus or count)]
+        for number in range(count):
+            own = {**args.models[number // args.engines], "worker_id": number, "host": None}
+            if gpus and args.gpu_memory_fraction is None:
+                own["gpu_memory_fraction"] = round(GPU_SHARE / len(range(number, count, gpus)), 3)
+            part = self._program("engine", f"engine {number}", f"serving {GENERATE.path} ", own)
+            if gpus:
+                part.environment = {**self._environment, "CUDA_VISIBLE_DEVICES": str(number % gpus)}
+            rows[number % len(rows)].append(part)
+        return rows
+
+    def _others(self) -> list[list[Part]]:
+        args, own = self._args, {}
+        parts = [self._program("router", "router", f"serving {FIND_WORKER.path} ")]
+        for number, model in enumerate(args.models):
+            name = f"processor {number}" if len(args.models) > 1 else "processor"
+            parts.append(self._program("processor", name, f"serving {PROCESS.path} ", model))
+        if args.stage:
+            own["processor"] = f"{NAMESPACE}.{args.stage.stem}.process"
+            stage = self._part(args.stage.stem, [sys.executable, str(args.stage)], f"serving {own['processor']} ")
+            path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+            stage.environment = {**self._environment, "PYTHONPATH": path}
+            parts.append(stage)
+        return [[part] for part in (*parts, self._program("frontend", "frontend", "listening on", own))]
+
+    def _program(self, program: str, name: str, ready_text: str, own: Mapping[str, Any] | None = None) -> Part:
+        """One of the four programs. own: values of options that are not those of the launch."""
+        options = options_of(PARSERS[program](), {**vars(self._args), **(own or {})})
+        return self._part(name, [sys.executable, str(REPOSITORY / f"{program}.py"), *options], ready_text)
+
+    def _part(self, name: str, command: list[str], ready_text: str) -> Part:
+        return Part(name, command, ready_text, self._logs / f"{name.replace(' ', '-')}.log", self._environment)
+
+    async def _check(self) -> str:
+        """Ask each model a real question. Returns the first model's name; raises LaunchError."""
+        models = await self._joined()
+        for model in models:
+            began = time.monotonic()
+            answer = await self._ask("/v1/chat/completions", question(model, "Hello!", max_tokens=16))
+            if "usage" not in answer:
+                raise LaunchError(f"a first request failed: {json.dumps(answer)}; see {self._logs}")
+            tokens, seconds = answer["usage"]["completion_tokens"], time.monotonic() - began
+            by = f" by {model}" if len(models) > 1 else ""
+            say(f"a first request was answered with {tokens} tokens in {seconds:.2f} s{by}")
+        return models[0]
+
+    async def _joined(self) -> list[str]:
+        """The models that the frontend knows, once all that was started has joined. Raises LaunchError."""
+        wanted, engines = len(self._args.models), self._args.engines * len(self._args.models)
+        deadline = time.monotonic() + JOIN_SECONDS
+        while True:
+            health, cards = await self._ask("/health"), (await self._ask("/v1/models")).get("data", [])
+            if health.get("status") == "healthy" and health["instances"]["engine"] >= engines and len(cards) >= wanted:
+                return [card["id"] for card in cards]
+            if time.monotonic() > deadline:
+                state = f"{json.dumps(health)}, {len(cards)} of {wanted} models"
+                raise LaunchError(f"the parts are ready but do not find each other: {state}; see {self._logs}")
+            await asyncio.sleep(0.1)
+
+    async def _ask(self, path: str, body: object = None) -> Any:
+        """What the frontend answers; {"error": reason} if it does not."""
+
+        def ask() -> Any:
+            connection = http.client.HTTPConnection(self._host, self._args.port, timeout=ANSWER_SECONDS)
+            try:
+                headers = {"content-type": "application/json"}
+                connection.request("POST" if body else "GET", path, json.dumps(body) if body else None, headers)
+                return json.load(connection.getresponse())
+            except (OSError, http.client.HTTPException) as error:  # the frontend died and is being started again
+                return {"error": str(error)}
+            finally:
+                connection.close()
+
+        return await asyncio.to_thread(ask)
+
+    def _report(self, model: str) -> None:
+        """Say what the user can do now."""
+        address = f"http://{f'[{self._host}]' if ':' in self._host else self._host}:{self._args.port}"
+        say(f"the pipeline is up at {paint(address, BOLD)} (OpenAI clients: {paint(f'{address}/v1', BOLD)})")
+        if self._environment:
+            servers = " ".join(f"{name}={value}" for name, value in self._environment.items())
             say(f"for a program of your own beside it: {servers}")
         say(f"logs: {self._logs.relative_to(REPOSITORY)}/")
         say("try this, twice: the second time, x-kv-overlap-blocks says how much of it the same worker had cached")
         print(f"\n  curl -iN {address}/v1/chat/completions -H 'content-type: application/json' \\")
-        print(f"    -d '{json.dumps(body)}'\n")
+        print(f"    -d '{json.dumps(question(model, QUESTION, stream=True, max_tokens=64))}'\n")
         say("Ctrl-C ends it")
-
-    async def _watch(self, part: Part) -> None:
-        """Start the part again whenever it dies, later each time."""
-        pause, limit = BACK_OFF
-        while True:
-            assert part.process is not None
-            began = time.monotonic()
-            code = await part.process.wait()
-            if time.monotonic() - began > STEADY_SECONDS:
-                pause = BACK_OFF[0]
-            say(f"{part.name} died ({describe(code)}). The end of {part.log}:\n{part.tail(5)}")
-            say(f"starting {part.name} again in {pause:g} s")
-            await part.stop(0)
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, limit)
-            await part.start()
-            try:
-                await part.wait_until_ready()
-            except LaunchError as error:
-                say(str(error))
 
     async def _end(self) -> None:
         """End the parts: first who asks, then who is asked."""
-        self._stopping.set()
-        order = ["frontend", "processor", "router", "engine", "etcd", "nats"]
-        for name in order:
-            parts = [part for part in self._parts if part.name.split()[0] == name and part.process]
-            seconds = 0 if self._hurry else STOP_SECONDS
-            await asyncio.gather(*(part.stop(seconds) for part in parts))
+        print(CLEAR_LINE, end="", flush=True)
+        stage = self._args.stage and self._args.stage.stem
+        for kind in ("frontend", stage, "processor", "router", "engine", "etcd", "nats"):
+            parts = [part for part in self._parts if kind in (part.name, part.name.split()[0])]
+            await asyncio.gather(*(part.stop(self._args.drain_seconds + STOP_SECONDS) for part in parts))
         if self._parts:
             shutil.rmtree(self._data, ignore_errors=True)
             say("everything has ended")
 
 
-def say(text: str) -> None:
-    print(f"launch: {text}", flush=True)
-
-
-def describe(code: int) -> str:
-    return f"exit {code}" if code >= 0 else signal.Signals(-code).name
+def question(model: str, content: str, **fields: Any) -> dict[str, Any]:
+    """The body of a chat completion request."""
+    return {"model": model, **fields, "messages": [{"role": "user", "content": content}]}
 
 
 def find(program: str) -> str:
-    """The program on the PATH, else the one in the environment."""
-    found = shutil.which(program) or shutil.which(program, path=os.path.dirname(sys.executable))
-    if not found:
-        raise LaunchError(f"{program} is neither on the PATH nor in the environment: delete .venv and try again")
-    return found
+    """The program on the PATH, else the one in the environment. Raises LaunchError."""
+    if found := shutil.which(program) or shutil.which(program, path=os.path.dirname(sys.executable)):
+        return found
+    raise LaunchError(f"{program} is neither on the PATH nor in the environment: delete .venv and try again")
 
 
 def claim(port: int, host: str = "127.0.0.1") -> socket.socket:
     """Take a port that nobody listens on. Until the socket that comes back is closed, no other launch gets it, not even
-    while the server that this one runs there is down. Raises OSError."""
-    socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    while the server that this one runs there is down. Raises LaunchError."""
     name = socket.socket(socket.AF_UNIX)
     try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
         name.bind(f"\0inference-port-{port}")
-    except OSError:
+    except OSError as error:
         name.close()
-        raise
+        if error.errno == errno.EADDRINUSE:
+            raise LaunchError(f"port {port} is in use") from error
+        raise LaunchError(f"cannot listen on {host}:{port} (--host): {error.strerror}") from error
     return name
 
 
-def any_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def address_of(host: str, port: int) -> str:
-    """Where this machine reaches a server that listens on `host`."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-async def reach(name: str, variable: str, default_port: int) -> None:
-    """Return once a server of the environment's `variable`, comma-separated URLs, accepts connections."""
-    addresses = os.environ[variable]
+async def runs_already(name: str, variable: str) -> bool:
+    """Whether the environment's `variable` names a server, which then answers. Raises LaunchError if it does not."""
+    if not (addresses := os.environ.get(variable)):
+        return False
     say(f"using {name} at {addresses}")
-    deadline = time.monotonic() + REACH_SECONDS
-    while True:
-        for address in addresses.split(","):
-            url = urlsplit(address.strip() if "//" in address else f"//{address.strip()}")
-            with suppress(OSError):
-                _, writer = await asyncio.open_connection(url.hostname, url.port or default_port)
-                writer.close()
-                return
-        if time.monotonic() > deadline:
-            raise LaunchError(f"no {name} answers at {addresses}; start it, or unset {variable} to have one started")
-        await asyncio.sleep(0.5)
-
-
-def count_gpus() -> int:
     try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return 0
-    return listing.count("GPU ")
+        await asyncio.wait_for(service.until_reachable(name, addresses), REACH_SECONDS)
+    except TimeoutError:
+        hint = f"start it, or unset {variable} to have one started"
+        raise LaunchError(f"no {name} answers at {addresses}; {hint}") from None
+    return True
 
 
 def number(most: int) -> Callable[[str], int]:
@@ -439,28 +308,61 @@ def number(most: int) -> Callable[[str], int]:
     return parse
 
 
+def script(text: str) -> Path:
+    """For argparse: a file that is there, and has a name that no other part has."""
+    path = Path(text).absolute()
+    if not path.is_file() or path.stem in (*PARSERS, "nats", "etcd"):
+        raise argparse.ArgumentTypeError(f"{path} is not there, or has the name of another part")
+    return path
+
+
+def options_of(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> list[str]:
+    """The command line that sets options of `parser` to `values`, by their names. None leaves one at its default."""
+    words: list[str] = []
+    for action in parser._actions:
+        value, flag = values.get(action.dest), action.option_strings[-1]
+        if value is True:
+            words.append(flag)
+        elif value is not None and value != action.default:
+            words += [f"{flag}={one}" for one in (value if isinstance(value, list) else [value])]
+    return words
+
+
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="launch.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--engines", type=number(1000), default=2, help="number of engines (default: 2)")
-    parser.add_argument(
-        "--model", help="folder of the model, or its name on the Hugging Face hub (default: models/pipeline-chat)"
-    )
-    parser.add_argument("--model-name", help="what clients call it (default: the folder's or hub's name)")
-    parser.add_argument("--backend", choices=["sglang", "mocker"], default="sglang", help="mocker: simulated engines")
-    parser.add_argument("--policy", default="kv", help="how the router chooses, see router.py --help (default: kv)")
-    parser.add_argument("--block-size", type=number(2**16), default=16, help="tokens in a KV block (default: 16)")
-    parser.add_argument("--port", type=number(2**16 - 1), default=8000, help="HTTP port (default: 8000)")
-    parser.add_argument("--host", default="127.0.0.1", help="HTTP address; 0.0.0.0 for all (default: 127.0.0.1)")
-    parser.epilog = "All other options go to every engine: see `.venv/bin/python engine.py --help`."
-    return parser
+    """The command line: our own options, and those of the programs, which are handed on."""
+    options = argparse.ArgumentParser("launch.sh", "%(prog)s [options]", __doc__, formatter_class=service.Formatter)
+    add = options.add_argument
+    add("--engines", type=number(1000), default=2, help="engines for each model")
+    add("--model", action="append", help="folder, or name on the Hugging Face hub; one more with each")
+    add("--model-name", action="append", help="what clients call it; once for each model")
+    add("--block-size", type=number(2**16), default=BLOCK_SIZE, help="tokens in a KV block")
+    add("--port", type=number(2**16 - 1), default=8000, help="HTTP port")
+    add("--host", default="127.0.0.1", help="HTTP address; 0.0.0.0 for all")
+    add("--stage", type=script, help="script to put before the processors, at inference.NAME.process")
+    for program, parser in PARSERS.items():
+        title = "all programs" if program == "processor" else f"{program}.py"
+        group = options.add_argument_group(f"handed on to {title}")
+        for action in parser()._actions:
+            if action.dest != "worker_id" and options._option_string_actions.keys().isdisjoint(action.option_strings):
+                group._add_action(action)
+    return options
 
 
 def main() -> None:
-    args, extra = arguments().parse_known_args()
+    options = arguments()
+    args = options.parse_args()
+    models = args.model or [None]
+    names = args.model_name or [None] * len(models)
+    if len(names) != len(models):
+        options.error(f"argument --model-name: {len(names)} for {len(models)} models; give one for each, or none")
+    # The programs run in the repository's folder, and not where the user stands.
+    models = [os.path.abspath(model) if model and os.path.isdir(model) else model for model in models]
+    served = [name or served_name(model or str(DEFAULT_MODEL)) for model, name in zip(models, names, strict=True)]
+    if len(set(served)) < len(served):
+        options.error("argument --model: clients would call two of them the same; give each its own --model-name")
+    args.models = [{"model": model, "model_name": name} for model, name in zip(models, names, strict=True)]
     try:
-        asyncio.run(Launcher(args, extra).run())
+        asyncio.run(Launcher(args).run())
     except LaunchError as error:
         raise SystemExit(f"launch: {error}") from error
 

@@ -11,14 +11,16 @@ import pytest
 
 PROGRAM = """
 import multiprocessing, os, time
+from common.engines.die_with_parent import die_with_named_parent, name_parent
 if __name__ == "__mp_main__":
     parent = os.getppid()
     print(os.getpid(), flush=True)
     while {early} and os.getppid() == parent:
         time.sleep(0.01)
-from common import parent
+    die_with_named_parent()
 print("here", flush=True)
 if __name__ == "__main__":
+    name_parent()
     child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
     child.start()
     child.join()
@@ -27,7 +29,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("early", [True, False])
 def test_a_child_ends_with_its_parent(tmp_path: Path, early: bool) -> None:
-    """early: the parent is killed before the child has got to the import."""
+    """early: the parent is killed before the child has asked the kernel for it."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(early=early))
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

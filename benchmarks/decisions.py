@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pipeline import REPOSITORY, Pipeline, Setting, running
-from common.fleet import Fleet
-from common.messages import FindWorkerRequest, RoutingDecision, StoredBlocks
-from common.model import locate, served_name
-from common.policy import Weights, choose, kv
-from common.prefix_index import path
+from common.messages import FIND_WORKER, FindWorkerRequest, ModelIdentity, StoredBlocks
+from common.model import identify, resolve_model
+from common.prefix_index import sequence_hashes
 from common.remote import Remote
-from common.worker import Prompt, Worker
+from common.routing.fleet import Fleet
+from common.routing.policy import Weights, choose, kv
+from common.routing.worker import Prompt, Worker
+from common.service import run
 
 import psutil
-import uvloop
 from dynamo.llm import (
     KvEventPublisher,
     KvRouter,
@@ -71,7 +71,7 @@ class Cost:
 
 
 def prompts(blocks: int, workers: int) -> Iterator[tuple[int, list[int], list[int]]]:
-    """What fills a tree: worker, token ids and block names of prompts that have nothing in common."""
+    """What fills a tree: worker, token ids and block ids of prompts that have nothing in common."""
     chance = random.Random(1)
     for number in range(max(blocks // PROMPT_BLOCKS, workers)):
         tokens = [chance.randrange(30_000) for _ in range(PROMPT_BLOCKS * BLOCK_SIZE)]
@@ -88,19 +88,25 @@ def measure_ours(blocks: int, workers: int) -> Cost:
     memory, fleet, weights = resident(), Fleet(), Weights()
     filled = seconds(lambda: fill(fleet, blocks, workers))
     memory = resident() - memory
-    asked = [compute_block_hash_for_seq(tokens, BLOCK_SIZE) for tokens in samples(blocks, workers)]
+    identity = ModelIdentity(name="benchmark", block_size=BLOCK_SIZE)
+    asked = [
+        FindWorkerRequest(
+            model=identity, local_hashes=compute_block_hash_for_seq(tokens, BLOCK_SIZE), tokens=len(tokens)
+        )
+        for tokens in samples(blocks, workers)
+    ]
 
-    def decide(hashes: Sequence[int]) -> None:
-        prompt = Prompt(path(hashes), len(hashes))
-        best = choose(fleet.candidates(prompt, hashes, ()), kv, weights)
-        with best.worker.lease(prompt, best.cached, best.expected):
+    def decide(request: FindWorkerRequest) -> None:
+        prompt = Prompt(sequence_hashes(request.local_hashes), len(request.local_hashes))
+        best = choose(fleet.candidates(request, prompt), kv, weights)
+        with best.worker.lease(prompt, best.overlap_blocks, best.expected_blocks):
             pass
 
     with ExitStack() as busy:
         for number in range(workers):
-            fleet.add(Worker(number, None, BLOCK_SIZE))
+            fleet.add(Worker(number, None))
             for _ in range(BUSY):
-                other = Prompt(path([random.getrandbits(60) for _ in range(PROMPT_BLOCKS)]), PROMPT_BLOCKS)
+                other = Prompt([random.getrandbits(60) for _ in range(PROMPT_BLOCKS)], PROMPT_BLOCKS)
                 busy.enter_context(fleet.workers[number].lease(other, 0))
         times = [seconds(partial(decide, asked[number % len(asked)])) for number in range(DECISIONS)]
     total = max(blocks, workers * PROMPT_BLOCKS)
@@ -109,15 +115,15 @@ def measure_ours(blocks: int, workers: int) -> Cost:
         for number in range(SMALL_EVENTS):
             tokens = [number % 30_000] * BLOCK_SIZE
             hashes = compute_block_hash_for_seq(tokens, BLOCK_SIZE)
-            fleet.index.apply(0, StoredBlocks(parent=None, names=[10**9 + number], hashes=hashes))
+            fleet.index.apply(0, StoredBlocks(parent_id=None, block_ids=[10**9 + number], local_hashes=hashes))
 
     return cost(times, total / filled, SMALL_EVENTS / seconds(small_events), memory / total)
 
 
 def fill(fleet: Fleet, blocks: int, workers: int) -> None:
-    for worker, tokens, names in prompts(blocks, workers):
+    for worker, tokens, block_ids in prompts(blocks, workers):
         hashes = compute_block_hash_for_seq(tokens, BLOCK_SIZE)
-        fleet.index.apply(worker, StoredBlocks(parent=None, names=names, hashes=hashes))
+        fleet.index.apply(worker, StoredBlocks(parent_id=None, block_ids=block_ids, local_hashes=hashes))
 
 
 async def measure_dynamo(runtime: DistributedRuntime, blocks: int, workers: int) -> Cost:
@@ -130,8 +136,8 @@ async def measure_dynamo(runtime: DistributedRuntime, blocks: int, workers: int)
     await until_it_listens(router, publishers)
     memory = resident()
     began = time.perf_counter()
-    for worker, tokens, names in prompts(blocks, workers):
-        publishers[worker].publish_stored(tokens, [BLOCK_SIZE] * len(names), names)
+    for worker, tokens, block_ids in prompts(blocks, workers):
+        publishers[worker].publish_stored(tokens, [BLOCK_SIZE] * len(block_ids), block_ids)
         await asyncio.sleep(0)
     await until_cached(router, tokens)
     filled = time.perf_counter() - began
@@ -172,7 +178,7 @@ async def register_ranks(endpoint: Endpoint, workers: int) -> asyncio.Future[Any
         ModelInput.Tokens,
         ModelType.Chat,
         endpoint,
-        locate(None),
+        resolve_model(None),
         model_name="benchmark",
         kv_cache_block_size=BLOCK_SIZE,
         runtime_config=config,
@@ -229,17 +235,13 @@ def resident() -> int:
     return size
 
 
-async def measure_asked(runtime: DistributedRuntime, policy: str, pid: int) -> float:
+async def measure_asked(runtime: DistributedRuntime, pid: int) -> float:
     """Microseconds of CPU time that the program router.py spends on a decision, everything included."""
-    located = locate(None)
-    router = await Remote.connect(runtime, "inference.router.find_worker", RoutingDecision)
+    identity = identify(resolve_model(None), block_size=BLOCK_SIZE)
+    router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
     requests = [
         FindWorkerRequest(
-            block_hashes=compute_block_hash_for_seq(tokens, BLOCK_SIZE),
-            tokens=len(tokens),
-            block_size=BLOCK_SIZE,
-            model=served_name(located),
-            token_ids=tokens if policy == "dynamo" else None,
+            model=identity, local_hashes=compute_block_hash_for_seq(tokens, BLOCK_SIZE), tokens=len(tokens)
         )
         for tokens in samples(SAMPLES * PROMPT_BLOCKS, 1)
     ]
@@ -254,15 +256,16 @@ async def measure_asked(runtime: DistributedRuntime, policy: str, pid: int) -> f
 
 
 @dynamo_worker()
-async def measure(runtime: DistributedRuntime, what: str, first: str, second: str) -> None:
+async def measure(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     """In a process of its own: print one measurement."""
+    what, first, second = args.measure
     match what:
         case "ours":
             print(json.dumps(asdict(measure_ours(int(first), int(second)))))
         case "dynamo":
             print(json.dumps(asdict(await measure_dynamo(runtime, int(first), int(second)))))
         case "asked":
-            print(json.dumps(await measure_asked(runtime, first, int(second))))
+            print(json.dumps(await measure_asked(runtime, int(first))))
     sys.stdout.flush()
     os._exit(0)  # KvRouter's threads have nothing to finish
 
@@ -320,16 +323,17 @@ def main() -> None:
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        uvloop.run(measure(*args.measure))
+        sys.exit(run(measure, argparse.Namespace(measure=args.measure, log_level="warning")))
     sizes = [(blocks, workers) for blocks in args.trees for workers in args.fleets]
     ours, dynamo, asked = list[Cost](), list[Cost](), dict[str, float]()
-    setting, model = Setting(engines=4, block_size=BLOCK_SIZE, blocks=4096, engine_speedup=1.0), Path(locate(None))
+    setting = Setting(engines=4, block_size=BLOCK_SIZE, blocks=4096, engine_speedup=1.0)
+    model = Path(resolve_model(None))
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         for policy in ("kv", "dynamo"):
             with running(setting, policy, model, Path(folder)) as pipeline:
                 children = pipeline.process.children(recursive=True)
                 pid = next(child.pid for child in children if any(arg.endswith("router.py") for arg in child.cmdline()))
-                asked[policy] = measured(pipeline, "asked", policy, pid)
+                asked[policy] = measured(pipeline, "asked", pid, "")
                 for size in tqdm(sizes if policy == "kv" else [], unit="size", disable=None):
                     ours.append(Cost(**measured(pipeline, "ours", *size)))
                     dynamo.append(Cost(**measured(pipeline, "dynamo", *size)))

@@ -5,16 +5,17 @@ or have come since. Run as a program it answers each line of its input with the 
 its input ends. The benchmark runs it so because a process can meet only one pipeline.
 """
 
+import argparse
 import asyncio
 import sys
 import threading
 from collections import defaultdict
 
-import common  # noqa: F401  tells Dynamo how to find the engines, before it is loaded
 from benchmarks.work import Work
+from common.messages import GENERATE
+from common.service import run
 
 import msgspec
-import uvloop
 from dynamo.llm import FpmEventSubscriber
 from dynamo.runtime import DistributedRuntime, dynamo_worker
 
@@ -43,9 +44,9 @@ def follow(subscriber: FpmEventSubscriber, work: dict[str, Work]) -> None:
 
 
 @dynamo_worker()
-async def main(runtime: DistributedRuntime) -> None:
+async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     work: dict[str, Work] = defaultdict(Work)
-    subscriber = FpmEventSubscriber(runtime.endpoint("inference.engine.generate"))
+    subscriber = FpmEventSubscriber(runtime.endpoint(GENERATE.path))
     threading.Thread(target=follow, args=(subscriber, work), daemon=True).start()
     while await asyncio.to_thread(sys.stdin.readline):
         sys.stdout.buffer.write(msgspec.json.encode(work) + b"\n")
@@ -54,4 +55,4 @@ async def main(runtime: DistributedRuntime) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main())
+    sys.exit(run(main, argparse.Namespace(log_level="warning")))

@@ -1,18 +1,20 @@
 """The pipeline under test: started as a user starts it, watched, and ended."""
 
-import ctypes
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from common.engines.die_with_parent import die_with
+from common.engines.ports import free_ports
 
 import psutil
 
@@ -21,7 +23,6 @@ UP = re.compile(r"(NATS_SERVER)=(\S+) (ETCD_ENDPOINTS)=(\S+)\n")  # in what laun
 START_SECONDS = 300
 STOP_SECONDS = 60
 CONTEXT_TOKENS = 2**20  # as much as a simulated engine takes
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(slots=True, frozen=True)
@@ -55,9 +56,9 @@ class Pipeline:
 @contextmanager
 def running(setting: Setting, policy: str, model: Path, folder: Path) -> Iterator[Pipeline]:
     """Start a pipeline with empty caches, and end it after the block. Its output goes to a file in `folder`."""
-    port = _free_port()
+    (port,) = free_ports(1)
     log = folder / f"{policy}.log"
-    command = [sys.executable, "scripts/launch.py", "--backend", "mocker", "--policy", policy, "--port", str(port)]
+    command = [sys.executable, "-m", "scripts.launch", "--backend", "mocker", "--policy", policy, "--port", str(port)]
     command += ["--model", str(model), "--engines", str(setting.engines), "--block-size", str(setting.block_size)]
     command += ["--mocker-blocks", str(setting.blocks), "--mocker-speedup", str(setting.engine_speedup)]
     # Servers that the user runs may have other engines in them.
@@ -71,7 +72,7 @@ def running(setting: Setting, policy: str, model: Path, folder: Path) -> Iterato
             stdout=output,
             stderr=output,
             start_new_session=True,  # Ctrl-C reaches the benchmark alone, which then ends the pipeline
-            preexec_fn=_end_with_parent,
+            preexec_fn=partial(die_with, os.getpid(), signal.SIGINT),
         )
     try:
         servers = _wait_until_up(launch, log)
@@ -119,15 +120,3 @@ def _end(launch: subprocess.Popen[bytes]) -> None:
     for process in children:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def _end_with_parent() -> None:
-    """For the child: the kernel ends it as Ctrl-C would when the benchmark is gone, however that went."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -4,8 +4,8 @@ import random
 from functools import lru_cache
 
 from benchmarks.trace import TraceRequest
-from common.chat import ChatMessage
-from common.model import ChatModel
+from common.openai_api import ChatMessage
+from common.text.chat_model import ChatModel
 
 import msgspec
 

@@ -27,12 +27,14 @@ from benchmarks.prompts import Prompts
 from benchmarks.replay import Planned, WrongLength, ask, replay, session
 from benchmarks.trace import TraceRequest, read, shareable
 from benchmarks.work import Observer, Work
-from common.model import ChatModel, locate
-from common.policy import POLICIES
+from common.model import resolve_model
+from common.routing.policy import POLICIES
+from common.text.chat_model import ChatModel
 
 from tqdm import tqdm
 
-RUN = (*reversed(POLICIES), "dynamo")  # the policies, the reference last
+# The reference last. A trace names no sessions, so session-affinity would be kv.
+RUN = (*(name for name in reversed(POLICIES) if name != "session-affinity"), "dynamo")
 TRACE = Path(__file__).parent / "traces" / "conversation.jsonl.gz"
 WARM_UPS = 3  # for each engine, so that also a blind policy has shown the prompt to most of them
 FULL = {
@@ -70,7 +72,7 @@ class Benchmark:
     def __init__(self, setting: Setting, folder: Path) -> None:
         self._setting = setting
         self._folder = folder
-        source = Path(locate(None))
+        source = Path(resolve_model(None))
         self._model = simulated_model(source, folder)
         self._prompts = Prompts(ChatModel(str(self._model), source.name))
 

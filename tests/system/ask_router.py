@@ -1,17 +1,17 @@
 """Asks the router where prompts would go and why. Prints a line of JSON for each: the decision, or its error.
 
-Reads JSON [token ids, ...] from the command line.
+Arguments: the model's name, and JSON [token ids, ...].
 """
 
+import argparse
 import json
 import sys
 
 from common.errors import PipelineError
-from common.messages import FindWorkerRequest, RoutingDecision
+from common.messages import FIND_WORKER, FindWorkerRequest, ModelIdentity
 from common.remote import Remote
+from common.service import parser, run
 
-import msgspec
-import uvloop
 from dynamo.llm import compute_block_hash_for_seq
 from dynamo.runtime import DistributedRuntime, dynamo_worker
 
@@ -19,22 +19,21 @@ BLOCK_SIZE = 16
 
 
 @dynamo_worker()
-async def main(runtime: DistributedRuntime) -> None:
-    router = await Remote.connect(runtime, "inference.router.find_worker", RoutingDecision)
+async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
+    router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
     await router.wait()
     for tokens in json.loads(sys.argv[2]):
         request = FindWorkerRequest(
-            block_hashes=compute_block_hash_for_seq(tokens, BLOCK_SIZE),
+            model=ModelIdentity(name=sys.argv[1], block_size=BLOCK_SIZE),
+            local_hashes=compute_block_hash_for_seq(tokens, BLOCK_SIZE),
             tokens=len(tokens),
-            block_size=BLOCK_SIZE,
-            model=sys.argv[1],
             explain=True,
         )
         try:
-            print(msgspec.json.encode(await router.call(request)).decode(), flush=True)
+            print((await router.call(request)).model_dump_json(), flush=True)
         except PipelineError as error:
             print(json.dumps(error.body), flush=True)
 
 
 if __name__ == "__main__":
-    uvloop.run(main())
+    sys.exit(run(main, parser(__doc__).parse_args([])))

@@ -1,16 +1,16 @@
 """Streams what an endpoint answers to a request, as another Dynamo component would. Arguments: its path, and JSON."""
 
+import argparse
 import json
 import sys
 
-import common  # noqa: F401  sets the request plane
+from common.service import parser, run
 
-import uvloop
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 
 
 @dynamo_worker()
-async def main(runtime: DistributedRuntime) -> None:
+async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     client = await runtime.endpoint(sys.argv[1]).client()
     await client.wait_for_instances()
     async for chunk in await client.round_robin(json.loads(sys.argv[2]), annotated=False, context=Context()):
@@ -18,4 +18,4 @@ async def main(runtime: DistributedRuntime) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main())
+    sys.exit(run(main, parser(__doc__).parse_args([])))

@@ -1,20 +1,22 @@
 """Asks our router and Dynamo's KvRouter for the overlap of a prompt, before and after an engine has computed it."""
 
+import argparse
 import asyncio
 import json
 import sys
 
 from common.messages import (
-    EngineOutput,
+    FIND_WORKER,
+    GENERATE,
     FindWorkerRequest,
     GenerateRequest,
-    RoutingDecision,
+    ModelIdentity,
     SamplingOptions,
     StopConditions,
 )
 from common.remote import Remote
+from common.service import parser, run
 
-import uvloop
 from dynamo.llm import KvRouter, KvRouterConfig, compute_block_hash_for_seq
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 
@@ -23,16 +25,15 @@ BLOCK_SIZE = 16
 
 
 @dynamo_worker()
-async def main(runtime: DistributedRuntime) -> None:
+async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     tokens = json.loads(sys.argv[1])
-    router = await Remote.connect(runtime, "inference.router.find_worker", RoutingDecision)
-    engines = await Remote.connect(runtime, "inference.engine.generate", EngineOutput)
-    theirs = KvRouter(runtime.endpoint("inference.engine.generate"), BLOCK_SIZE, KvRouterConfig())
+    router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
+    engines = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())
+    theirs = KvRouter(runtime.endpoint(GENERATE.path), BLOCK_SIZE, KvRouterConfig())
     wanted = FindWorkerRequest(
-        block_hashes=compute_block_hash_for_seq(tokens, BLOCK_SIZE),
+        model=ModelIdentity(name=MODEL, block_size=BLOCK_SIZE),
+        local_hashes=compute_block_hash_for_seq(tokens, BLOCK_SIZE),
         tokens=len(tokens),
-        block_size=BLOCK_SIZE,
-        model=MODEL,
     )
 
     async def overlaps() -> tuple[tuple[int, int], tuple[int, int]]:
@@ -49,7 +50,7 @@ async def main(runtime: DistributedRuntime) -> None:
         stop_conditions=StopConditions(max_tokens=1),
         sampling_options=SamplingOptions(temperature=0),
     )
-    async for _ in engines.stream(request, Context(), ours[0]):
+    async for _ in engines.stream(request, Context(), [ours[0]]):
         pass
     for _ in range(100):
         ours, dynamo = await overlaps()
@@ -62,4 +63,4 @@ async def main(runtime: DistributedRuntime) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main())
+    sys.exit(run(main, parser(__doc__).parse_args([])))

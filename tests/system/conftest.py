@@ -1,18 +1,20 @@
 """Real processes for the tests: NATS, etcd and the programs, on free ports, ended by id whatever happens."""
 
-import ctypes
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from common.engines.die_with_parent import die_with
+from common.engines.ports import free_ports
 
 import httpx
 import pytest
@@ -31,36 +33,21 @@ def until(condition: Callable[[], Any], what: str, timeout: float = PATIENCE) ->
     return value
 
 
-def free_ports(count: int) -> list[int]:
-    holders = [socket.socket() for _ in range(count)]
-    try:
-        for holder in holders:
-            holder.bind(("127.0.0.1", 0))
-        return [holder.getsockname()[1] for holder in holders]
-    finally:
-        for holder in holders:
-            holder.close()
-
-
-def die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 class Process:
     """A running program and what it has written."""
 
-    def __init__(self, command: list[str], log: Path, env: dict[str, str]) -> None:
+    def __init__(self, command: list[str], log: Path, env: dict[str, str], cwd: Path = REPOSITORY) -> None:
         self.log = log
         with log.open("wb") as output:
             self.popen = subprocess.Popen(
                 command,
-                cwd=REPOSITORY,
+                cwd=cwd,
                 env={**os.environ, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=partial(die_with, os.getpid()),
             )
 
     @property
@@ -114,8 +101,8 @@ class Cluster:
             "--unsafe-no-fsync",
         )
 
-    def run(self, name: str, *command: str, env: dict[str, str] | None = None) -> Process:
-        process = Process([*command], self.folder / f"{name}.log", {**self.env, **(env or {})})
+    def run(self, name: str, *command: str, env: dict[str, str] | None = None, cwd: Path = REPOSITORY) -> Process:
+        process = Process([*command], self.folder / f"{name}.log", {**self.env, **(env or {})}, cwd)
         self.processes.append(process)
         return process
 

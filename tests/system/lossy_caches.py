@@ -5,6 +5,7 @@ Prints a line of JSON for each engine: messages dropped, blocks in its cache, bl
 index is equal.
 """
 
+import argparse
 import asyncio
 import json
 import random
@@ -14,6 +15,9 @@ from collections.abc import AsyncIterator, Iterable
 
 from common.kv_events import KvEventStream, RemovedBlocks, Update
 from common.messages import (
+    CACHE,
+    DESCRIBE_WORKER,
+    GENERATE,
     CacheSnapshot,
     DescribeRequest,
     EngineOutput,
@@ -26,9 +30,9 @@ from common.messages import (
 )
 from common.prefix_index import PrefixIndex
 from common.remote import Remote
+from common.service import parser, run
 from tests.lossy import LossyProxy
 
-import uvloop
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 
 PATIENCE = 60.0
@@ -39,7 +43,12 @@ PARTS = 3  # of a prompt; each prompt begins like others
 class Follower:
     """One engine, seen through a bad network."""
 
-    def __init__(self, info: WorkerInfo, engines: Remote[EngineOutput], caches: Remote[CacheSnapshot]) -> None:
+    def __init__(
+        self,
+        info: WorkerInfo,
+        engines: Remote[GenerateRequest, EngineOutput],
+        caches: Remote[SnapshotRequest, CacheSnapshot],
+    ) -> None:
         self.info = info
         self._engines = engines
         self._caches = caches
@@ -52,7 +61,7 @@ class Follower:
         async for item, _ in self._index.follow(0, stream):
             if isinstance(item, Update):
                 removed = (change for change in item.changes if isinstance(change, RemovedBlocks))
-                self._removed += sum(len(change.names) for change in removed)
+                self._removed += sum(len(change.block_ids) for change in removed)
 
     async def work(self, model: str, part_tokens: int) -> None:
         """Give the engine prompts that share beginnings, more than its cache can hold."""
@@ -71,7 +80,7 @@ class Follower:
                 stop_conditions=StopConditions(max_tokens=4, ignore_eos=True),
                 sampling_options=SamplingOptions(temperature=0),
             )
-            async for _ in self._engines.stream(request, Context(uuid.uuid4().hex), self.info.instance_id):
+            async for _ in self._engines.stream(request, Context(uuid.uuid4().hex), [self.info.instance_id]):
                 pass
 
         for _ in range(PROMPTS // 8):
@@ -84,25 +93,25 @@ class Follower:
         deadline = asyncio.get_running_loop().time() + PATIENCE
         while not equal and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.2)
-            own = {name async for part in self._snapshot() for name in names(part.chains)}
-            equal = own == set(names(self._index.chains(0)))
+            own = {block_id async for part in self._snapshot() for block_id in block_ids(part.chains)}
+            equal = own == set(block_ids(self._index.chains(0)))
         self._proxy.close()
         return {"dropped": self._proxy.dropped, "blocks": len(own), "removed": self._removed, "equal": equal}
 
     def _snapshot(self) -> AsyncIterator[CacheSnapshot]:
-        return self._caches.stream(SnapshotRequest(), Context(uuid.uuid4().hex), self.info.instance_id)
+        return self._caches.stream(SnapshotRequest(), Context(uuid.uuid4().hex), [self.info.instance_id])
 
 
-def names(chains: Iterable[StoredBlocks]) -> list[int]:
-    return [name for chain in chains for name in chain.names]
+def block_ids(chains: Iterable[StoredBlocks]) -> list[int]:
+    return [block_id for chain in chains for block_id in chain.block_ids]
 
 
 @dynamo_worker()
-async def main(runtime: DistributedRuntime) -> None:
+async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     model, part_tokens = sys.argv[1], int(sys.argv[2])
-    engines = await Remote.connect(runtime, "inference.engine.generate", EngineOutput)
-    describe = await Remote.connect(runtime, "inference.engine.describe", WorkerInfo)
-    caches = await Remote.connect(runtime, "inference.engine.cache", CacheSnapshot)
+    engines = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())
+    describe = Remote(DESCRIBE_WORKER, await runtime.endpoint(DESCRIBE_WORKER.path).client())
+    caches = Remote(CACHE, await runtime.endpoint(CACHE.path).client())
     for remote in (engines, describe, caches):
         await remote.wait()
     for instance_id in engines.instance_ids():
@@ -114,4 +123,4 @@ async def main(runtime: DistributedRuntime) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main())
+    sys.exit(run(main, parser(__doc__).parse_args([])))

@@ -5,23 +5,35 @@ A paused SGLang holds new requests back, which is where one is for an instant ot
 
 import asyncio
 
-from common import parent  # noqa: F401  for SGLang's own processes, as in engine.py
+from common.engines.die_with_parent import die_with_named_parent
+from common.engines.sglang_cpu import activate_in_child
+from common.engines.sglang_engine import SglangEngine
 from common.messages import GenerateRequest, SamplingOptions, StopConditions
-from common.sglang_engine import SglangEngine
-from engine import arguments
+from common.model import identify, resolve_model
 
 from dynamo.runtime import Context
 
 
 async def main() -> None:
-    engine = SglangEngine.start(arguments().parse_args([]), instance_id=1, on_sigterm=lambda: None)
+    model_path = resolve_model(None)
+    engine = SglangEngine.start(
+        1,
+        model_path=model_path,
+        identity=identify(model_path),
+        worker_id=None,
+        host="127.0.0.1",
+        stream_interval=1,
+        gpu_memory_fraction=None,
+        deterministic=False,
+        on_sigterm=lambda: None,
+    )
     try:
         manager = engine._engine.tokenizer_manager
         manager.is_pause = True
         context = Context()
         request = GenerateRequest(
             token_ids=[1, 2, 3],
-            model=engine.info.model,
+            model=engine.info.model.name,
             stop_conditions=StopConditions(ignore_eos=True),
             sampling_options=SamplingOptions(),
         )
@@ -44,3 +56,6 @@ async def reason(engine: SglangEngine, request: GenerateRequest, context: Contex
 
 if __name__ == "__main__":
     asyncio.run(main())
+elif __name__ == "__mp_main__":  # as in engine.py
+    die_with_named_parent()
+    activate_in_child()

@@ -186,6 +186,11 @@ class TestOpenAIClient:
     def test_lists_the_model(self, pipeline: Pipeline, client: openai.OpenAI) -> None:
         assert [model.id for model in client.models.list()] == [pipeline.model]
 
+    def test_finds_the_model(self, pipeline: Pipeline, client: openai.OpenAI) -> None:
+        assert client.models.retrieve(pipeline.model).id == pipeline.model
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("gpt-0")
+
     def test_asks(self, pipeline: Pipeline, client: openai.OpenAI) -> None:
         completion = client.chat.completions.create(
             model=pipeline.model, messages=[{"role": "user", "content": "Hello!"}], max_tokens=16, temperature=0
@@ -242,6 +247,25 @@ class TestHeaders:
         )
         for field in ("status=200", "worker=", "overlap_blocks=", "cached_tokens=", "ttft_ms=", "duration_ms="):
             assert field in line
+
+    def test_a_request_is_one_line_in_the_log_of_every_stage_under_the_same_id(self, pipeline: Pipeline) -> None:
+        pipeline.ask(headers={"x-request-id": "follow-me"})
+        logs = {log.stem: log.read_text() for log in pipeline.folder.glob("*.log")}
+        for stage in ("frontend", "processor", "router"):
+            assert logs[stage].count("request_id=follow-me ") == 1, logs[stage][-2000:]
+        assert logs["engine-0"].count("request_id=follow-me ") + logs["engine-1"].count("request_id=follow-me ") == 1
+
+    def test_a_client_s_mistake_is_a_line_without_a_traceback(self, pipeline: Pipeline) -> None:
+        assert pipeline.ask(max_tokens=10**6, headers={"x-request-id": "my-mistake"}).status_code == 400
+        logs = {log.stem: log.read_text() for log in pipeline.folder.glob("*.log")}
+        assert [logs[stage].count("request_id=my-mistake ") for stage in ("frontend", "processor")] == [1, 1]
+        assert [stage for stage, log in logs.items() if "Traceback" in log] == []
+
+    def test_session_and_priority_are_taken(self, pipeline: Pipeline) -> None:
+        assert pipeline.ask(headers={"x-session-id": "s", "x-priority": "-3"}).status_code == 200
+        refused = pipeline.ask(headers={"x-priority": "urgent"})
+        assert refused.status_code == 400
+        assert "x-priority" in refused.json()["error"]["message"]
 
 
 class TestErrors:

@@ -80,7 +80,7 @@ class TestAThirdEngine:
             third.signal(signal.SIGKILL)
             responses = [answer.result() for answer in answers]
         assert {response.status_code for response in responses} == {200}
-        assert "leaves worker 2 after" in (pipeline.folder / "processor.log").read_text()
+        assert "migrates from worker 2 after" in (pipeline.folder / "processor.log").read_text()
         for question, response in zip(questions, responses, strict=True):
             assert response.json()["choices"][0]["message"]["content"] == pipeline.answer(question, **options)
 

@@ -3,8 +3,9 @@
 import json
 import sys
 
+from common.engines.ports import free_ports
 from common.model import DEFAULT_MODEL
-from tests.system.conftest import BIN, Cluster, Pipeline, free_ports, until
+from tests.system.conftest import BIN, Cluster, Pipeline, until
 
 import httpx
 

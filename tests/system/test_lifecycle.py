@@ -251,18 +251,31 @@ def test_a_caller_that_dies_leaves_no_load_behind(bare: Pipeline, running: dict[
     assert "finishing" not in running["router"].text
 
 
-class TestMisfits:
-    def test_an_engine_with_other_blocks_is_refused_loudly(self, bare: Pipeline) -> None:
+class TestMismatches:
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            (("--block-size", "32"), "engine odd has KV blocks of 32 tokens"),
+            (("--model-name", "other"), "engine odd serves other"),
+        ],
+    )
+    def test_an_engine_that_does_not_fit_is_named_at_the_first_request(
+        self, bare: Pipeline, options: tuple[str, ...], reason: str
+    ) -> None:
         router = start(bare, "router")
-        bare.start("engine", "--backend", "mocker", "--block-size", "32", "--worker-id", "odd")
-        router.wait_for("refused worker odd")
-        assert "32 tokens, this router's 16 (--block-size)" in router.text
-
-    def test_an_engine_with_another_model_is_refused_loudly(self, bare: Pipeline) -> None:
-        router = start(bare, "router")
-        bare.start("engine", "--backend", "mocker", "--model-name", "other", "--worker-id", "odd")
-        router.wait_for("refused worker odd")
-        assert "it serves other, this router pipeline-chat (--model)" in router.text
+        bare.start("engine", "--backend", "mocker", "--worker-id", "odd", *options)
+        router.wait_for("worker odd joined")
+        for program in ("processor", "frontend"):
+            start(bare, program)
+        bare.wait_for_instances(processor=1, router=1, engine=1)
+        response = bare.ask()
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "no_worker")
+        message = response.json()["error"]["message"]
+        assert f"no engine fits: you ask for pipeline-chat in blocks of 16 tokens; {reason}" in message
+        with bare.client() as client:
+            (status,) = client.get("/workers").json()["routers"]
+        assert status["unserved"] == [message]
+        assert router.text.count("ERROR") == ("--block-size" in options)  # another model is none
 
     def test_a_processor_with_other_blocks_is_told(self, bare: Pipeline) -> None:
         for program in ("engine", "router", "frontend"):
@@ -270,13 +283,30 @@ class TestMisfits:
         bare.start("processor", "--block-size", "32")
         bare.wait_for_instances(processor=1, router=1, engine=1)
         response = bare.ask()
-        assert response.status_code == 400
-        assert "start both with the same --model and --block-size" in response.json()["error"]["message"]
+        assert response.status_code == 503
+        assert "in blocks of 32 tokens; engine engine has KV blocks of 16 tokens" in response.json()["error"]["message"]
 
     @pytest.mark.parametrize("model", ["/nowhere", "./nowhere", "nowhere"])
-    @pytest.mark.parametrize("program", ["engine", "router", "processor"])
+    @pytest.mark.parametrize("program", ["engine", "processor"])
     def test_a_missing_model_is_said_plainly(self, bare: Pipeline, program: str, model: str) -> None:
         process = bare.start(program, "--model", model)
         assert process.exit_code() == 1
         assert f"no model at '{model}'" in process.text
         assert "Traceback" not in process.text
+
+
+def test_an_address_that_nobody_can_listen_on_is_said_plainly(bare: Pipeline) -> None:
+    frontend = bare.start("frontend", "--host", "192.0.2.1")
+    assert frontend.exit_code() == 1
+    assert "cannot listen on 192.0.2.1" in frontend.text
+    assert "Traceback" not in frontend.text
+
+
+def test_without_a_processor_or_router_the_code_says_so(bare: Pipeline) -> None:
+    start(bare, "frontend").wait_for("listening on")
+    response = bare.ask()
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "no_processor")
+    start(bare, "processor").wait_for("waiting for inference.router.find_worker")
+    response = bare.ask()
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "no_router")
+    assert response.headers["retry-after"]

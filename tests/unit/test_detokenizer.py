@@ -2,7 +2,7 @@
 
 import random
 
-from common.detokenizer import Detokenizer
+from common.text.detokenizer import Detokenizer
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -1,25 +1,32 @@
 """KV events arrive once and in order, whatever ZMQ loses; what the worker no longer has comes as a snapshot."""
 
 import asyncio
+import itertools
 import random
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from common import kv_events
+from common.engines.announcement import Announcement
+from common.engines.ports import free_ports
+from common.engines.publisher import KvEventPublisher, publish_load
 from common.errors import Unavailable
-from common.kv_events import KvEventStream, Lost, RemovedBlocks, Snapshot, Update
+from common.kv_events import KvEventStream, Lost, RemovedBlocks, Snapshot, Update, load_stats
 from common.messages import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
     CacheSnapshot,
-    KvEventBatch,
+    KvEvent,
+    LoadStat,
     SnapshotRequest,
     StoredBlocks,
 )
-from common.own_cache import OwnCache
 from common.prefix_index import PrefixIndex
 from tests.lossy import LossyProxy
+from tests.unit.stand_ins import identity, worker_info
 
 import msgspec
 import pytest
@@ -29,46 +36,64 @@ from dynamo.llm import compute_block_hash_for_seq
 from dynamo.runtime import Context
 
 
-class Publisher:
-    """Speaks the protocol of SGLang's and vLLM's publishers, and can lose what it is told to lose."""
+class Leaky:
+    """A socket that sends nothing while it leaks."""
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+        self.leaks = False
+
+    async def send_multipart(self, frames: Sequence[bytes]) -> None:
+        if not self.leaks:
+            await self._socket.send_multipart(frames)
+
+    def close(self) -> None:
+        self._socket.close(0)
+
+
+class Publisher(KvEventPublisher):
+    """An engine's publisher that loses what it is told to lose, and can fall silent."""
 
     def __init__(self, *, keeps: int) -> None:
-        context = zmq.asyncio.Context.instance()
-        self._live, self._replay = context.socket(zmq.PUB), context.socket(zmq.ROUTER)
-        self.live, self.replay = (
-            f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}" for socket in (self._live, self._replay)
-        )
-        self._keeps = keeps
-        self.answers = True
-        self.events: list[BlockStored | BlockRemoved | AllBlocksCleared] = [AllBlocksCleared()]
-        self._sent: list[tuple[int, bytes]] = []
-        self.next = 0
-        self._answering = asyncio.create_task(self._answer())
+        live, replay = free_ports(2)
+        self.live, self.replay = f"tcp://127.0.0.1:{live}", f"tcp://127.0.0.1:{replay}"
+        self.info = worker_info(kv_events=self.live, kv_replay=self.replay, model=identity(block_size=1))
+        super().__init__(self.info)
+        self._leaky = self._live = Leaky(self._live)  # type: ignore[assignment]
+        self._kept = deque(maxlen=keeps)
+        self.events: list[KvEvent] = [AllBlocksCleared()]
+        self._answering = asyncio.create_task(self.answer_replays())
+
+    @property
+    def next(self) -> int:
+        return self._next
 
     async def send(self, *, lost: bool = False) -> None:
-        payload = msgspec.msgpack.encode(KvEventBatch(timestamp=float(self.next), events=self.events))
-        self._sent = [*self._sent, (self.next, payload)][-self._keeps :]
-        if not lost:
-            await self._live.send_multipart([b"topic", self.next.to_bytes(8, "big"), payload])
-        self.next += 1
+        self._leaky.leaks = lost
+        await self.publish(*self.events)
+        self._leaky.leaks = False
 
     async def garble(self) -> None:
-        await self._live.send_multipart([b"topic", self.next.to_bytes(8, "big"), msgspec.msgpack.encode("what?")])
-        self.next += 1
+        await self._leaky.send_multipart([b"topic", self.next.to_bytes(8, "big"), msgspec.msgpack.encode("what?")])
+        self._next += 1
 
-    async def _answer(self) -> None:
+    def fall_silent(self) -> None:
+        self._swap(self._swallow())
+
+    def answer_again(self) -> None:
+        self._swap(self.answer_replays())
+
+    def _swap(self, work: Coroutine[None, None, None]) -> None:
+        self._answering.cancel()
+        self._answering = asyncio.create_task(work)
+
+    async def _swallow(self) -> None:
         while True:
-            client, _, start = await self._replay.recv_multipart()
-            if not self.answers:
-                continue
-            for number, payload in self._sent:
-                if number >= int.from_bytes(start, "big"):
-                    await self._replay.send_multipart([client, b"", number.to_bytes(8, "big"), payload])
-            await self._replay.send_multipart([client, b"", (-1).to_bytes(8, "big", signed=True), b""])
+            await self._replay.recv_multipart()
 
     def close(self) -> None:
         self._answering.cancel()
-        self._live.close(0)
+        self._leaky.close()
         self._replay.close(0)
 
 
@@ -190,7 +215,7 @@ def test_with_a_snapshot_a_late_reader_begins_there() -> None:
     async def scenario(publisher: Publisher, reader: Reader) -> None:
         for _ in range(5):
             await publisher.send()
-        assert await reader.read(3) == ["lost", 4, 4]
+        assert await reader.read(2) == [4, 4]
         await publisher.send()
         assert await reader.read(1) == [5]
 
@@ -200,7 +225,7 @@ def test_with_a_snapshot_a_late_reader_begins_there() -> None:
 def test_with_a_snapshot_a_gap_that_cannot_be_filled_is_bridged() -> None:
     async def scenario(publisher: Publisher, reader: Reader) -> None:
         await publisher.send()
-        assert await reader.read(3) == ["lost", 0, 0]
+        assert await reader.read(2) == [0, 0]
         for _ in range(4):
             await publisher.send(lost=True)
         await publisher.send()
@@ -213,12 +238,12 @@ def test_without_the_snapshot_that_was_hoped_for_it_begins_with_what_there_is() 
     async def scenario(publisher: Publisher, reader: Reader) -> None:
         for _ in range(5):
             await publisher.send()
-        assert await reader.read(4) == ["lost", "lost", 3, 4]
+        assert await reader.read(3) == ["lost", 3, 4]
 
     play(scenario, keeps=2, snapshot=no_snapshots)
 
 
-def test_blocks_get_names_without_a_sign_and_hashed_tokens() -> None:
+def test_block_ids_come_without_a_sign_and_hashed_tokens() -> None:
     async def run() -> None:
         publisher = Publisher(keeps=10)
         stored = BlockStored(
@@ -232,9 +257,9 @@ def test_blocks_get_names_without_a_sign_and_hashed_tokens() -> None:
         assert isinstance(update, Update)
         added, removed = update.changes
         assert isinstance(added, StoredBlocks)
-        assert added.parent == 2**64 - 2
-        assert added.names == [2**64 - 1, 0x0101010101010101]
-        assert added.hashes == compute_block_hash_for_seq([1, 2], 1)
+        assert added.parent_id == 2**64 - 2
+        assert added.block_ids == [2**64 - 1, 0x0101010101010101]
+        assert added.local_hashes == compute_block_hash_for_seq([1, 2], 1)
         assert removed == RemovedBlocks([2**64 - 1])
 
     asyncio.run(run())
@@ -262,8 +287,8 @@ async def exhaust(items: AsyncIterator[object]) -> None:
 
 def equal(index: PrefixIndex, cache: Collection[tuple[int, ...]]) -> bool:
     """Whether the index has just these prefixes of tokens."""
-    names = {name for chain in index.chains(1) for name in chain.names}
-    return names == {hash(prefix) % 2**64 for prefix in cache} and index.blocks(1) == len(names)
+    block_ids = {block_id for chain in index.chains(1) for block_id in chain.block_ids}
+    return block_ids == {hash(prefix) % 2**64 for prefix in cache} and index.blocks(1) == len(block_ids)
 
 
 def test_of_a_worker_that_no_longer_answers_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,11 +297,11 @@ def test_of_a_worker_that_no_longer_answers_nothing_is_known(monkeypatch: pytest
 
     async def scenario(publisher: Publisher, reader: Reader) -> None:
         await publisher.send()
-        assert await reader.read(3) == ["lost", 0, 0]
-        publisher.answers = False
+        assert await reader.read(2) == [0, 0]
+        publisher.fall_silent()
         assert await reader.read(1) == ["lost"]
         await publisher.send(lost=True)
-        publisher.answers = True
+        publisher.answer_again()
         assert (await reader.read(4))[-3:] == ["lost", 1, 1]
 
     play(scenario, snapshot=snapshots)
@@ -290,9 +315,9 @@ def test_over_a_bad_network_the_index_becomes_what_the_worker_has(seed: int) -> 
         chance, cache = random.Random(seed), dict[tuple[int, ...], None]()
         publisher = Publisher(keeps=100)
         proxy = LossyProxy(publisher.live, publisher.replay, seed=seed)
-        own, index = OwnCache(publisher.live, publisher.replay), PrefixIndex()
-        stream = KvEventStream(proxy.events, proxy.replay, lambda: own.snapshot(SnapshotRequest(), Context()))
-        tasks = [asyncio.create_task(own.follow()), asyncio.create_task(exhaust(index.follow(1, stream)))]
+        announcement, index = Announcement(publisher.info), PrefixIndex()
+        stream = KvEventStream(proxy.events, proxy.replay, lambda: announcement.snapshot(SnapshotRequest(), Context()))
+        tasks = [asyncio.create_task(announcement.follow()), asyncio.create_task(exhaust(index.follow(1, stream)))]
         try:
             for number in range(600):
                 publisher.events = [random_event(cache, chance)]
@@ -308,5 +333,91 @@ def test_over_a_bad_network_the_index_becomes_what_the_worker_has(seed: int) -> 
                 task.cancel()
             proxy.close()
             publisher.close()
+
+    asyncio.run(run())
+
+
+class TestKvEventPublisher:
+    """What an engine that somebody writes publishes with."""
+
+    def test_what_it_publishes_is_read_however_late(self) -> None:
+        async def scenario(publisher: Publisher, items: AsyncIterator[Update | Lost]) -> None:
+            await publisher.publish_stored([1, 2, 3], [-1, 20, 30])
+            await publisher.publish_stored([4], [40], parent_id=30)
+            await publisher.publish_removed([40])
+            await publisher.publish(AllBlocksCleared(), BlockRemoved(block_hashes=[5]))
+            updates = [await asyncio.wait_for(anext(items), 30) for _ in range(4)]
+            assert [update.changes for update in updates if isinstance(update, Update)] == [
+                [StoredBlocks(parent_id=None, block_ids=[2**64 - 1, 20, 30], local_hashes=hashes(1, 2, 3))],
+                [StoredBlocks(parent_id=30, block_ids=[40], local_hashes=hashes(4))],
+                [RemovedBlocks([40])],
+                [AllBlocksCleared(), RemovedBlocks([5])],
+            ]
+            await publisher.publish_removed([1])
+            live = await asyncio.wait_for(anext(items), 30)
+            assert isinstance(live, Update)
+            assert live.changes == [RemovedBlocks([1])]
+
+        stream(scenario)
+
+    def test_what_was_long_ago_is_no_longer_kept(self) -> None:
+        async def scenario(publisher: Publisher, items: AsyncIterator[Update | Lost]) -> None:
+            for block_id in range(5):
+                await publisher.publish_removed([block_id])
+            read = [await asyncio.wait_for(anext(items), 30) for _ in range(3)]
+            assert [item.sequence if isinstance(item, Update) else "lost" for item in read] == ["lost", 3, 4]
+
+        stream(scenario, keeps=2)
+
+    def test_it_sends_again_from_the_number_that_is_asked_for(self) -> None:
+        async def run() -> None:
+            publisher = Publisher(keeps=10)
+            for block_id in range(5):
+                await publisher.publish_removed([block_id])
+            with zmq.asyncio.Context.instance().socket(zmq.DEALER) as socket:
+                socket.set(zmq.LINGER, 0)
+                socket.connect(publisher.replay)
+                for start, numbers in ((3, [3, 4, -1]), (0, [0, 1, 2, 3, 4, -1]), (9, [-1])):
+                    await socket.send_multipart([b"", start.to_bytes(8, "big")])
+                    answers = [await asyncio.wait_for(socket.recv_multipart(), 30) for _ in numbers]
+                    assert [int.from_bytes(number, "big", signed=True) for _, number, _ in answers] == numbers
+            publisher.close()
+
+        asyncio.run(run())
+
+
+def hashes(*tokens: int) -> list[int]:
+    return compute_block_hash_for_seq(list(tokens), 1)
+
+
+def stream(scenario: Callable[[Publisher, AsyncIterator[Update | Lost]], Awaitable[None]], *, keeps: int = 10) -> None:
+    async def run() -> None:
+        publisher = Publisher(keeps=keeps)
+        try:
+            items = KvEventStream(publisher.live, publisher.replay).__aiter__()
+            async with aclosing(items):  # type: ignore[type-var]
+                await scenario(publisher, items)
+        finally:
+            publisher.close()
+
+    asyncio.run(run())
+
+
+def test_load_is_read_whenever_it_is_published() -> None:
+    async def run() -> None:
+        info = worker_info(load=f"tcp://127.0.0.1:{free_ports(1)[0]}")
+
+        async def busier_and_busier() -> AsyncIterator[LoadStat]:
+            for requests in itertools.count():
+                yield LoadStat(running_requests=requests, waiting_requests=0, used_tokens=16, total_tokens=160)
+                await asyncio.sleep(0.005)
+
+        publishing = asyncio.create_task(publish_load(info, busier_and_busier()))
+        stats = load_stats(info.load)
+        async with aclosing(stats):  # type: ignore[type-var]
+            first, second = [await asyncio.wait_for(anext(stats), 30) for _ in range(2)]
+        assert second.running_requests == first.running_requests + 1
+        assert (first.used_tokens, first.total_tokens) == (16, 160)
+        publishing.cancel()
 
     asyncio.run(run())

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.chat import ChatCompletionRequest
-from common.errors import InvalidRequest
-from common.model import ChatModel, add_options, locate, longest_token
+from common.errors import InvalidRequest, StartupError
+from common.model import add_options, resolve_model
+from common.openai_api import ChatCompletionRequest
+from common.text.chat_model import ChatModel, longest_token
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -47,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
 
 
 def messages(*given: dict[str, Any]) -> Any:
-    return ChatCompletionRequest.parse({"model": "m", "messages": [*given]}).messages
+    return ChatCompletionRequest.decode({"model": "m", "messages": [*given]}).messages
 
 
 def test_a_hub_that_cannot_be_reached_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,8 +56,8 @@ def test_a_hub_that_cannot_be_reached_is_said_in_a_line(monkeypatch: pytest.Monk
         raise LocalEntryNotFoundError("no network\n\nand so on")
 
     monkeypatch.setattr("common.model.hf_hub_download", fail)
-    with pytest.raises(SystemExit, match=r"'some/model' cannot be had from the hub: no network$"):
-        locate("some/model")
+    with pytest.raises(StartupError, match=r"'some/model' cannot be had from the hub: no network$"):
+        resolve_model("some/model")
 
 
 def test_blocks_have_at_least_a_token(capsys: pytest.CaptureFixture[str]) -> None:

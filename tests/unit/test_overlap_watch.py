@@ -3,44 +3,33 @@
 import logging
 
 from common.kv_events import Update
-from common.messages import WorkerInfo
-from common.overlap_watch import REPEATS, OverlapWatch
-from common.prefix_index import path
-from common.worker import Prompt, Worker
+from common.prefix_index import sequence_hashes
+from common.routing.overlap_watch import REPEATS, OverlapWatch
+from common.routing.worker import Prompt, Worker
+from tests.unit.stand_ins import worker_info
 
 import pytest
 
-PROMPT = Prompt(path([1, 2, 3]), 3.5)
+PROMPT = Prompt(sequence_hashes([1, 2, 3]), 3.5)
 
 
 def worker(*, events: int) -> Worker:
-    info = WorkerInfo(
-        instance_id=1,
-        worker_id="w1",
-        model="m",
-        block_size=16,
-        total_blocks=100,
-        context_length=1600,
-        kv_events="tcp://somewhere:1",
-        kv_replay="",
-        load="",
-    )
-    worker = Worker(1, info, 16)
+    worker = Worker(1, worker_info())
     for sequence in range(events):
-        worker.updated(Update(sequence, [], lag=0.0))
+        worker.on_update(Update(sequence, [], lag=0.0))
     return worker
 
 
 def ask(watch: OverlapWatch, workers: list[Worker], *, times: int, found: bool = False) -> None:
     for _ in range(times):
-        watch.asked(PROMPT, found, workers)
-        watch.finished(PROMPT)
+        watch.on_asked(PROMPT, found, workers)
+        watch.on_finished(PROMPT)
 
 
 @pytest.mark.parametrize(
     ("workers", "cause"),
     [
-        ([Worker(1, None, 16)], "no worker announces its KV events"),
+        ([Worker(1, None)], "no worker announces its KV events"),
         ([worker(events=3), worker(events=0)], "no KV event has come from worker w1: is tcp://somewhere:1 reachable"),
         ([worker(events=3)], "a different tokenizer"),
     ],
@@ -69,7 +58,7 @@ def test_one_that_is_found_is_reason_enough_for_trust(caplog: pytest.LogCaptureF
 def test_new_prompts_are_no_reason_for_doubt(caplog: pytest.LogCaptureFixture) -> None:
     watch = OverlapWatch()
     for number in range(10 * REPEATS):
-        new = Prompt(path([number]), 1)
-        watch.asked(new, False, [worker(events=3)])
-        watch.finished(new)
+        new = Prompt(sequence_hashes([number]), 1)
+        watch.on_asked(new, False, [worker(events=3)])
+        watch.on_finished(new)
     assert caplog.text == ""

@@ -6,9 +6,22 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from common.policy import POLICIES, Candidate, Weights, at_random, choose, kv, least_loaded, round_robin
-from common.prefix_index import path
-from common.worker import Prompt, Worker
+from common.messages import FindWorkerRequest
+from common.prefix_index import sequence_hashes
+from common.routing.fleet import Fleet
+from common.routing.policy import (
+    POLICIES,
+    Candidate,
+    Weights,
+    at_random,
+    choose,
+    kv,
+    least_loaded,
+    round_robin,
+    session_affinity,
+)
+from common.routing.worker import Prompt, Worker
+from tests.unit.stand_ins import identity
 
 import pytest
 from dynamo.llm import KvRouterConfig
@@ -23,15 +36,16 @@ def leases() -> Iterator[ExitStack]:
 
 
 def workers(count: int) -> list[Worker]:
-    return [Worker(number, None, 16) for number in range(1, count + 1)]
+    return [Worker(number, None) for number in range(1, count + 1)]
 
 
-def candidate(worker: Worker, prompt: Prompt, cached: int = 0) -> Candidate:
-    return Candidate(worker, prompt, cached, worker.held_blocks(prompt.path))
+def candidate(worker: Worker, prompt: Prompt, overlap_blocks: int = 0) -> Candidate:
+    request = FindWorkerRequest(model=identity(), local_hashes=[], tokens=0)
+    return Candidate(worker, request, prompt, overlap_blocks, worker.held_blocks(prompt.sequence_hashes))
 
 
 def prompt(blocks: float = 10, hashes: Sequence[int] = ()) -> Prompt:
-    return Prompt(path(hashes), blocks)
+    return Prompt(sequence_hashes(hashes), blocks)
 
 
 def taken(candidates: list[Candidate], policy: Any = kv, weights: Weights = DEFAULT) -> Worker:
@@ -47,27 +61,29 @@ class TestKv:
 
     def test_the_prefix_decides_between_idle_workers(self) -> None:
         cold, warm = workers(2)
-        assert taken([candidate(cold, prompt()), candidate(warm, prompt(), cached=3)]) is warm
+        assert taken([candidate(cold, prompt()), candidate(warm, prompt(), overlap_blocks=3)]) is warm
 
     def test_the_cost_is_that_of_dynamo_s_formula_if_blocks_to_read_cost_as_much(self, leases: ExitStack) -> None:
         (worker,) = workers(1)
         leases.enter_context(worker.lease(prompt(4), 1))  # 3 to compute, 4 held
         waiting, held, new = 3, 4, 10
         dynamo = Weights(decode_load_scale=1)
-        assert kv(candidate(worker, prompt(), cached=6), dynamo) == (waiting + new - 6) + held + new
+        assert kv(candidate(worker, prompt(), overlap_blocks=6), dynamo) == (waiting + new - 6) + held + new
         dynamo = replace(dynamo, overlap_score_credit=0.5, prefill_load_scale=2, decode_active_request_weight=7)
-        assert kv(candidate(worker, prompt(), cached=6), dynamo) == 2 * (waiting + new - 0.5 * 6) + held + new + 7
+        assert (
+            kv(candidate(worker, prompt(), overlap_blocks=6), dynamo) == 2 * (waiting + new - 0.5 * 6) + held + new + 7
+        )
 
     def test_a_block_to_read_costs_less_than_one_to_compute(self, leases: ExitStack) -> None:
         busy, idle = workers(2)
         leases.enter_context(busy.lease(prompt(10), 10))
-        assert taken([candidate(busy, prompt(), cached=3), candidate(idle, prompt())]) is busy
-        assert taken([candidate(busy, prompt(), cached=2), candidate(idle, prompt())]) is idle
+        assert taken([candidate(busy, prompt(), overlap_blocks=3), candidate(idle, prompt())]) is busy
+        assert taken([candidate(busy, prompt(), overlap_blocks=2), candidate(idle, prompt())]) is idle
 
     def test_load_outweighs_a_short_prefix(self, leases: ExitStack) -> None:
         busy, idle = workers(2)
         leases.enter_context(busy.lease(prompt(8), 8))
-        short, long = candidate(busy, prompt(), cached=1), candidate(busy, prompt(), cached=3)
+        short, long = candidate(busy, prompt(), overlap_blocks=1), candidate(busy, prompt(), overlap_blocks=3)
         assert taken([short, candidate(idle, prompt())]) is idle
         assert taken([long, candidate(idle, prompt())]) is busy
 
@@ -82,7 +98,7 @@ class TestKv:
         for number in range(12):
             sibling = prompt(102, [*range(100), 1000 + number, 2000 + number])
             best = choose([candidate(worker, sibling) for worker in fleet], kv, DEFAULT)
-            leases.enter_context(best.worker.lease(sibling, best.cached, best.expected))
+            leases.enter_context(best.worker.lease(sibling, best.overlap_blocks, best.expected_blocks))
             where.append(best.worker.instance_id)
         assert len(set(where)) == 1
         assert fleet[where[0] - 1].prefill_blocks == 100 + 12 * 2
@@ -93,13 +109,13 @@ class TestKv:
         for number in range(12):
             sibling = prompt(60, [*range(20), *range(100 * (number + 1), 100 * (number + 1) + 40)])
             best = choose([candidate(worker, sibling) for worker in fleet], kv, DEFAULT)
-            leases.enter_context(best.worker.lease(sibling, best.cached, best.expected))
+            leases.enter_context(best.worker.lease(sibling, best.overlap_blocks, best.expected_blocks))
             where[best.worker.instance_id] += 1
         assert set(where.values()) == {3}
 
     def test_a_temperature_spreads_the_choice(self) -> None:
         cheap, dear = workers(2)
-        candidates = [candidate(cheap, prompt(), cached=10), candidate(dear, prompt())]
+        candidates = [candidate(cheap, prompt(), overlap_blocks=10), candidate(dear, prompt())]
         assert {taken(candidates) for _ in range(50)} == {cheap}
         counts = Counter(taken(candidates, weights=Weights(router_temperature=1.0)) for _ in range(1000))
         assert counts[cheap] / 1000 == pytest.approx(1 / (1 + 2.718**-1), abs=0.06)  # softmax of costs 0 and 1
@@ -120,7 +136,7 @@ class TestTheOthers:
     def test_least_loaded_looks_at_nothing_else(self, leases: ExitStack) -> None:
         busy, idle = workers(2)
         leases.enter_context(busy.lease(prompt(1), 1))
-        assert taken([candidate(busy, prompt(), cached=10), candidate(idle, prompt())], least_loaded) is idle
+        assert taken([candidate(busy, prompt(), overlap_blocks=10), candidate(idle, prompt())], least_loaded) is idle
 
     def test_random_takes_any(self, leases: ExitStack) -> None:
         busy, idle = workers(2)
@@ -129,4 +145,67 @@ class TestTheOthers:
         assert {taken(candidates, at_random) for _ in range(50)} == {busy, idle}
 
     def test_every_policy_has_a_name(self) -> None:
-        assert list(POLICIES) == ["kv", "least-loaded", "round-robin", "random"]
+        assert {"kv", "session-affinity", "least-loaded", "round-robin", "random"} <= POLICIES.keys()
+
+
+class TestSessionAffinity:
+    """Asks as the router does, for prompts of ten blocks that nobody has cached."""
+
+    def request(self, session: str | None, **fields: Any) -> FindWorkerRequest:
+        return FindWorkerRequest(model=identity(), local_hashes=[], tokens=160, session=session, **fields)
+
+    def ask(self, fleet: Fleet, session: str | None, leases: ExitStack | None = None, **fields: Any) -> Worker:
+        request = self.request(session, **fields)
+        best = choose(fleet.candidates(request, prompt()), session_affinity, DEFAULT)
+        fleet.remember(request, best.worker.instance_id)
+        if leases:
+            leases.enter_context(best.worker.lease(best.prompt, 0))
+        return best.worker
+
+    def fleet(self, *loads: float, leases: ExitStack) -> Fleet:
+        """Workers 1, 2, … with so many blocks to read."""
+        fleet = Fleet()
+        for worker, blocks in zip(workers(len(loads)), loads, strict=True):
+            fleet.add(worker)
+            leases.enter_context(worker.lease(prompt(blocks), overlap_blocks=int(blocks)))
+        return fleet
+
+    def test_a_session_stays_while_its_worker_has_at_most_twice_the_least_load(self, leases: ExitStack) -> None:
+        fleet = self.fleet(10, 20, 15, leases=leases)
+        fleet.remember(self.request("s"), 2)
+        assert {self.ask(fleet, "s").instance_id for _ in range(10)} == {2}
+
+    def test_it_leaves_one_that_is_busier(self, leases: ExitStack) -> None:
+        fleet = self.fleet(10, 21, 15, leases=leases)
+        fleet.remember(self.request("s"), 2)
+        assert {self.ask(fleet, "s").instance_id for _ in range(10)} == {1}
+
+    def test_and_stays_where_it_went(self, leases: ExitStack) -> None:
+        fleet = self.fleet(10, 21, leases=leases)
+        fleet.remember(self.request("s"), 2)
+        with ExitStack() as load:
+            assert self.ask(fleet, "s", load).instance_id == 1
+        leases.enter_context(fleet.workers[1].lease(prompt(10), 10))
+        assert {self.ask(fleet, "s").instance_id for _ in range(10)} == {1}
+
+    def test_an_idle_one_is_left_for_nobody(self, leases: ExitStack) -> None:
+        fleet = self.fleet(0, 0, 0, leases=leases)
+        fleet.remember(self.request("s"), 3)
+        assert {self.ask(fleet, "s").instance_id for _ in range(10)} == {3}
+
+    @pytest.mark.parametrize("session", [None, "another"])
+    def test_without_a_session_it_is_kv(self, session: str | None, leases: ExitStack) -> None:
+        fleet = self.fleet(10, 20, 15, leases=leases)
+        fleet.remember(self.request("s"), 2)
+        assert self.ask(fleet, session).instance_id == 1
+        for held, cached in ((prompt(), 0), (prompt(), 7)):
+            one = candidate(fleet.workers[2], held, overlap_blocks=cached)
+            assert session_affinity(one, DEFAULT) == kv(one, DEFAULT)
+
+    def test_a_worker_that_failed_the_request_or_left_is_not_gone_back_to(self, leases: ExitStack) -> None:
+        fleet = self.fleet(10, 12, leases=leases)
+        fleet.remember(self.request("s"), 2)
+        assert self.ask(fleet, "s", excluded=[2]).instance_id == 1
+        fleet.remember(self.request("s"), 2)
+        fleet.forget(2)
+        assert self.ask(fleet, "s").instance_id == 1

@@ -3,16 +3,17 @@ from pathlib import Path
 
 from benchmarks.prompts import Prompts
 from benchmarks.trace import TraceRequest
-from common.chat import ChatMessage
-from common.model import ChatModel, locate
+from common.model import resolve_model
+from common.openai_api import ChatMessage
+from common.text.chat_model import ChatModel
 
 import pytest
 
 
 @pytest.fixture(scope="module")
 def model() -> ChatModel:
-    located = locate(None)
-    return ChatModel(located, Path(located).name)
+    resolved = resolve_model(None)
+    return ChatModel(resolved, Path(resolved).name)
 
 
 def tokens(model: ChatModel, body: bytes) -> list[int]:

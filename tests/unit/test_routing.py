@@ -7,8 +7,9 @@ from contextlib import ExitStack
 
 from common.kv_events import RemovedBlocks
 from common.messages import AllBlocksCleared, LoadStat, StoredBlocks
-from common.prefix_index import PrefixIndex, path
-from common.worker import Prompt, Worker
+from common.prefix_index import PrefixIndex, sequence_hashes
+from common.routing.worker import Prompt, Worker
+from tests.unit.stand_ins import identity, worker_info
 
 import pytest
 
@@ -16,12 +17,16 @@ BLOCK = 4
 HASHES = [101, 102, 103]
 
 
-def stored(hashes: list[int], names: list[int], parent: int | None = None) -> StoredBlocks:
-    return StoredBlocks(parent=parent, names=names, hashes=hashes)
+def stored(local_hashes: list[int], block_ids: list[int], parent_id: int | None = None) -> StoredBlocks:
+    return StoredBlocks(parent_id=parent_id, block_ids=block_ids, local_hashes=local_hashes)
+
+
+def worker_of_four() -> Worker:
+    return Worker(1, worker_info(model=identity(block_size=BLOCK)))
 
 
 def prompt(blocks: float, hashes: list[int] | None = None) -> Prompt:
-    return Prompt(path(hashes or []), blocks)
+    return Prompt(sequence_hashes(hashes or []), blocks)
 
 
 @pytest.fixture
@@ -30,16 +35,16 @@ def leases() -> Iterator[ExitStack]:
         yield stack
 
 
-class TestPath:
+class TestSequenceHashes:
     def test_equal_numbers_mean_equal_prefixes(self) -> None:
-        one, other = path([1, 2, 3, 4]), path([1, 2, 9, 4])
+        one, other = sequence_hashes([1, 2, 3, 4]), sequence_hashes([1, 2, 9, 4])
         assert one[:2] == other[:2]
         assert one[2] != other[2]
         assert one[3] != other[3]
 
     def test_it_goes_on_from_a_parent(self) -> None:
-        whole = path(HASHES)
-        assert path(HASHES[1:], whole[0]) == whole[1:]
+        whole = sequence_hashes(HASHES)
+        assert sequence_hashes(HASHES[1:], whole[0]) == whole[1:]
 
 
 class TestPrefixIndex:
@@ -53,13 +58,13 @@ class TestPrefixIndex:
 
     def test_chains_grow_from_their_parent(self) -> None:
         index = PrefixIndex()
-        assert index.apply(1, stored(HASHES[:1], [10])) == path(HASHES)[:1]
-        assert index.apply(1, stored(HASHES[1:], [11, 12], parent=10)) == path(HASHES)[1:]
+        assert index.apply(1, stored(HASHES[:1], [10])) == sequence_hashes(HASHES)[:1]
+        assert index.apply(1, stored(HASHES[1:], [11, 12], parent_id=10)) == sequence_hashes(HASHES)[1:]
         assert index.overlaps(HASHES) == {1: 3}
 
     def test_a_chain_without_its_beginning_is_not_counted(self) -> None:
         index = PrefixIndex()
-        assert index.apply(1, stored(HASHES[1:], [11, 12], parent=10)) == []
+        assert index.apply(1, stored(HASHES[1:], [11, 12], parent_id=10)) == []
         assert index.overlaps(HASHES) == {}
         assert index.blocks(1) == 0
 
@@ -109,64 +114,64 @@ class TestPrefixIndex:
 
 class TestWorker:
     def test_a_request_is_load_for_as_long_as_its_lease(self) -> None:
-        worker = Worker(1, None, BLOCK)
+        worker = worker_of_four()
         with worker.lease(prompt(10), overlap_blocks=4):
             assert (worker.prefill_blocks, worker.decode_blocks, worker.requests) == (6, 10, 1)
         assert (worker.prefill_blocks, worker.decode_blocks, worker.requests) == (0, 0, 0)
         assert (worker.routed_requests, worker.routed_blocks, worker.overlap_blocks) == (1, 10, 4)
 
     def test_its_prefill_is_done_when_its_last_block_is_stored(self) -> None:
-        worker = Worker(1, None, BLOCK)
+        worker = worker_of_four()
         with worker.lease(prompt(3, [7, 8, 9]), 0) as one, worker.lease(prompt(3, [7, 8, 5]), 0):
-            worker.stored(path([7, 8]))
+            worker.on_stored(sequence_hashes([7, 8]))
             assert worker.prefill_blocks == 6
-            worker.stored(path([7, 8, 9])[2:])
+            worker.on_stored(sequence_hashes([7, 8, 9])[2:])
             assert worker.prefill_blocks == 3
             assert one.prefilled.is_set()
 
     def test_a_block_with_the_same_tokens_elsewhere_does_not_end_a_prefill(self) -> None:
-        worker = Worker(1, None, BLOCK)
+        worker = worker_of_four()
         with worker.lease(prompt(3, [7, 8, 9]), 0):
-            worker.stored(path([1, 2, 9]))
+            worker.on_stored(sequence_hashes([1, 2, 9]))
             assert worker.prefill_blocks == 3
 
     def test_shared_blocks_are_held_once(self) -> None:
-        worker = Worker(1, None, BLOCK)
+        worker = worker_of_four()
         with worker.lease(prompt(3.5, [7, 8, 9]), 0):
             with worker.lease(prompt(3, [7, 8, 5]), 0):
                 assert worker.decode_blocks == 4.5
-                assert worker.held_blocks(path([7, 8, 5, 6])) == 3
-                assert worker.held_blocks(path([8])) == 0
+                assert worker.held_blocks(sequence_hashes([7, 8, 5, 6])) == 3
+                assert worker.held_blocks(sequence_hashes([8])) == 0
             assert worker.decode_blocks == 3.5
-            assert worker.held_blocks(path([7, 8, 5, 6])) == 2
+            assert worker.held_blocks(sequence_hashes([7, 8, 5, 6])) == 2
 
     def test_blocks_that_are_expected_are_not_computed_twice(self) -> None:
-        worker = Worker(1, None, BLOCK)
+        worker = worker_of_four()
         with worker.lease(prompt(3, [7, 8, 9]), 0), worker.lease(prompt(3, [7, 8, 5]), 0, expected_blocks=2):
             assert worker.prefill_blocks == 4
 
     def test_what_a_worker_reports_beyond_our_leases_counts_too(self, leases: ExitStack) -> None:
-        worker = Worker(1, None, BLOCK)
+        worker = worker_of_four()
         leases.enter_context(worker.lease(prompt(10), 10))
         busy = LoadStat(
             running_requests=3, waiting_requests=1, used_tokens=100, total_tokens=999, waiting_prefill_tokens=60
         )
-        worker.reported(busy)
+        worker.on_report(busy)
         assert (worker.prefill_blocks, worker.decode_blocks) == (5, 25)
-        worker.reported(LoadStat(running_requests=0, waiting_requests=0, used_tokens=0, total_tokens=999))
+        worker.on_report(LoadStat(running_requests=0, waiting_requests=0, used_tokens=0, total_tokens=999))
         assert (worker.prefill_blocks, worker.decode_blocks) == (0, 10)  # our request is on its way to it
 
     def test_a_report_from_before_our_request_ended_does_not_bring_it_back(self) -> None:
-        worker = Worker(1, None, BLOCK)
+        worker = worker_of_four()
         with worker.lease(prompt(10), 0):
             pass
-        worker.reported(LoadStat(running_requests=1, waiting_requests=0, used_tokens=10 * BLOCK, total_tokens=999))
+        worker.on_report(LoadStat(running_requests=1, waiting_requests=0, used_tokens=10 * BLOCK, total_tokens=999))
         assert worker.decode_blocks == 0
 
     def test_a_prompt_that_waits_with_all_its_blocks_cached_is_still_ours(self) -> None:
-        worker = Worker(1, None, BLOCK)
+        worker = worker_of_four()
         with worker.lease(prompt(3, [7, 8, 9]), 0), worker.lease(prompt(3.5, [7, 8, 9]), 0, expected_blocks=3):
-            worker.stored(path([7, 8, 9]))
+            worker.on_stored(sequence_hashes([7, 8, 9]))
             report = LoadStat(
                 running_requests=1,
                 waiting_requests=1,
@@ -174,25 +179,25 @@ class TestWorker:
                 total_tokens=999,
                 waiting_prefill_tokens=14,
             )
-            worker.reported(report)
+            worker.on_report(report)
             assert worker.prefill_blocks == 0
 
     def test_a_worker_that_never_reports_does_not_gather_what_has_ended(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("common.worker.REPORT_SECONDS", 0.0)
-        worker = Worker(1, None, BLOCK)
+        monkeypatch.setattr("common.routing.worker.REPORT_SECONDS", 0.0)
+        worker = worker_of_four()
         for _ in range(100):
             with worker.lease(prompt(3), 0):
                 time.sleep(0.0001)
         assert len(worker._ended) < 5
 
     def test_nothing_is_left_of_many_requests(self) -> None:
-        worker, chance, open_leases = Worker(1, None, BLOCK), random.Random(2), list[ExitStack]()
+        worker, chance, open_leases = worker_of_four(), random.Random(2), list[ExitStack]()
         for _ in range(300):
             hashes = [chance.randrange(2) for _ in range(chance.randrange(6))]
             lease = ExitStack()
             lease.enter_context(worker.lease(prompt(len(hashes) + 0.25, hashes), chance.randrange(len(hashes) + 1)))
             open_leases.append(lease)
-            worker.stored(path([chance.randrange(2) for _ in range(4)]))
+            worker.on_stored(sequence_hashes([chance.randrange(2) for _ in range(4)]))
             if chance.random() < 0.4:
                 open_leases.pop(chance.randrange(len(open_leases))).close()
         assert worker.decode_blocks > 10

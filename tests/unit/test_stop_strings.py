@@ -2,7 +2,7 @@
 
 import random
 
-from common.stop_strings import StopStrings
+from common.text.stop_strings import StopStrings
 
 import pytest
 

@@ -2,22 +2,23 @@
 
 import asyncio
 
+from common.engines.announcement import PART_BLOCKS, Announcement
 from common.messages import CacheSnapshot, SnapshotRequest, StoredBlocks
-from common.own_cache import PART_BLOCKS, OwnCache
 from common.prefix_index import PrefixIndex
+from tests.unit.stand_ins import worker_info
 
 from dynamo.runtime import Context
 
 
-def snapshot(cache: OwnCache) -> list[CacheSnapshot]:
+def snapshot(cache: Announcement) -> list[CacheSnapshot]:
     async def parts() -> list[CacheSnapshot]:
         return [part async for part in cache.snapshot(SnapshotRequest(), Context())]
 
     return asyncio.run(parts())
 
 
-def cache_of(*chains: StoredBlocks) -> OwnCache:
-    cache = OwnCache("tcp://127.0.0.1:1", "tcp://127.0.0.1:1")
+def cache_of(*chains: StoredBlocks) -> Announcement:
+    cache = Announcement(worker_info())
     for chain in chains:
         cache._index.apply(0, chain)
     return cache
@@ -30,10 +31,10 @@ def test_an_empty_cache_has_a_snapshot_too() -> None:
 def test_a_large_cache_comes_in_parts_that_fit_into_messages() -> None:
     count = 3 * PART_BLOCKS + 5
     blocks = list(range(1, count + 1))
-    branch = StoredBlocks(parent=7, names=[count + 1], hashes=[0])
-    parts = snapshot(cache_of(StoredBlocks(parent=None, names=blocks, hashes=blocks), branch))
+    branch = StoredBlocks(parent_id=7, block_ids=[count + 1], local_hashes=[0])
+    parts = snapshot(cache_of(StoredBlocks(parent_id=None, block_ids=blocks, local_hashes=blocks), branch))
     assert len(parts) == 4
-    assert all(sum(len(chain.names) for chain in part.chains) <= PART_BLOCKS for part in parts)
+    assert all(sum(len(chain.block_ids) for chain in part.chains) <= PART_BLOCKS for part in parts)
     index = PrefixIndex()
     for part in parts:
         for chain in part.chains:

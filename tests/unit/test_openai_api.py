@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from common.chat import ChatCompletionRequest
 from common.errors import InvalidRequest
+from common.openai_api import ChatCompletionRequest
 
 import pytest
 
@@ -31,7 +31,7 @@ HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
     ],
 )
 def test_accepted(fields: dict[str, Any]) -> None:
-    ChatCompletionRequest.parse({**HELLO, **fields})
+    ChatCompletionRequest.decode({**HELLO, **fields})
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_accepted(fields: dict[str, Any]) -> None:
 )
 def test_refused_with_the_field_and_the_reason(fields: dict[str, Any], param: str | None, says: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
-        ChatCompletionRequest.parse({**HELLO, **fields})
+        ChatCompletionRequest.decode({**HELLO, **fields})
     assert refusal.value.param == param
     assert says in refusal.value.message
 
@@ -99,16 +99,16 @@ def test_refused_with_the_field_and_the_reason(fields: dict[str, Any], param: st
 @pytest.mark.parametrize("body", [[], None, 5, "x"])
 def test_body_must_be_an_object(body: Any) -> None:
     with pytest.raises(InvalidRequest, match="must be a JSON object"):
-        ChatCompletionRequest.parse(body)
+        ChatCompletionRequest.decode(body)
 
 
 def test_missing_field_has_its_code() -> None:
     with pytest.raises(InvalidRequest) as refusal:
-        ChatCompletionRequest.parse({"messages": HELLO["messages"]})
+        ChatCompletionRequest.decode({"messages": HELLO["messages"]})
     assert (refusal.value.param, refusal.value.code) == ("model", "missing_required_parameter")
 
 
 def test_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    request = ChatCompletionRequest.parse({**HELLO, "messages": [{"role": "user", "content": parts}]})
+    request = ChatCompletionRequest.decode({**HELLO, "messages": [{"role": "user", "content": parts}]})
     assert request.messages[0].text == "ab"

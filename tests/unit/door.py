@@ -1,0 +1,203 @@
+"""The frontend in this process, with processors that play their parts, and clients of its HTTP server."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, Self, cast
+
+from common.errors import NotFound
+from common.http.exchange import Exchanges
+from common.messages import WORKERS, PromptTokensDetails, Usage
+from common.openai_api import (
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChunkChoice,
+    Delta,
+    ModelCard,
+    Routing,
+)
+from common.remote import Remote
+from common.service import Service
+from frontend import Frontend
+from tests.unit.stand_ins import Handler, LocalClient
+
+import httpx
+from dynamo.runtime import Context
+
+CHAT = "/v1/chat/completions"
+HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+
+Play = Callable[[ChatCompletionRequest, Context], AsyncGenerator[ChatCompletionChunk]]
+Headers = Mapping[str, str] | Sequence[tuple[str, str]]
+
+
+def chunk(content: str, finish_reason: str | None = None, routing: Routing | None = None) -> ChatCompletionChunk:
+    delta = Delta(role="assistant", content=content) if routing else Delta(content=content)
+    choice = ChunkChoice(delta=delta, finish_reason=finish_reason)
+    made = ChatCompletionChunk(id="chatcmpl-1", created=1, model="m", choices=[choice])
+    if routing:
+        made.routing = routing
+    return made
+
+
+def first_chunk(content: str = "one") -> ChatCompletionChunk:
+    return chunk(content, routing=Routing(worker_id="w1", overlap_blocks=3))
+
+
+def usage_chunk() -> ChatCompletionChunk:
+    made = ChatCompletionChunk(id="chatcmpl-1", created=1, model="m", choices=[])
+    details = PromptTokensDetails(cached_tokens=48)
+    usage = Usage(prompt_tokens=50, completion_tokens=2, total_tokens=52, prompt_tokens_details=details)
+    made.usage = usage.encode()
+    return made
+
+
+async def two_words(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
+    yield first_chunk()
+    yield chunk(" two", "stop")
+    yield usage_chunk()
+
+
+def raises(error: Exception, *before: ChatCompletionChunk) -> Play:
+    async def play(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
+        for made in before:
+            yield made
+        raise error
+
+    return play
+
+
+class ScriptedProcessors:
+    """Serve the models m and org/m, and answer every request with a play."""
+
+    def __init__(self, play: Play) -> None:
+        self._play = play
+        self.requests: list[ChatCompletionRequest] = []
+        self.contexts: list[Context] = []
+
+    async def models(self) -> list[ModelCard]:
+        return [ModelCard(id=name, created=1, context_length=64) for name in ("m", "org/m")]
+
+    async def find(self, model: str) -> dict[int, ModelCard]:
+        if model not in ("m", "org/m"):
+            raise NotFound(f"the model {model!r} does not exist", code="model_not_found", param="model")
+        return {1: ModelCard(id=model, created=1, context_length=64)}
+
+    @property
+    def process(self) -> "ScriptedProcessors":
+        return self
+
+    async def stream(
+        self, request: ChatCompletionRequest, context: Context, instance_ids: Sequence[int] | None = None
+    ) -> AsyncGenerator[ChatCompletionChunk]:
+        assert instance_ids in ([1], None)
+        self.requests.append(request)
+        self.contexts.append(context)
+        async for made in self._play(request, context):
+            yield made
+
+
+class Door:
+    """A frontend."""
+
+    def __init__(
+        self,
+        play: Play = two_words,
+        *,
+        cors_origins: Sequence[str] = (),
+        routers: Mapping[int, Handler] | None = None,
+        stages: Mapping[str, Mapping[int, Handler]] | None = None,
+        stage: Any = None,
+    ) -> None:
+        runtime: Any = None
+        self.service = Service(runtime, drain_seconds=0.0)
+        self.processors = ScriptedProcessors(play)
+        self.frontend = Frontend(
+            self.service,
+            processors=cast(Any, self.processors),
+            routers=Remote(WORKERS, _client(routers or {})),
+            stages={name: Remote(WORKERS, _client(handlers)) for name, handlers in (stages or {}).items()},
+            stage=stage,
+        )
+        self.app: Exchanges = self.frontend.app(cors_origins)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return self.request("GET", path, **options)
+
+    def post(self, body: Any = HELLO, **options: Any) -> httpx.Response:
+        """Ask for a chat completion. body: JSON, or bytes as they are."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self.request("POST", CHAT, content=content, **options)
+
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        async def send() -> httpx.Response:
+            transport = httpx.ASGITransport(app=self.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(send())
+
+
+def _client(handlers: Mapping[int, Handler]) -> Any:
+    return LocalClient(handlers)
+
+
+class Connection:
+    """One request, whose answer is read message by message, and whose client may hang up."""
+
+    def __init__(self, door: Door, body: Any = HELLO, headers: Headers = ()) -> None:
+        self._door = door
+        self._content = json.dumps(body).encode()
+        self._headers = list(headers.items() if isinstance(headers, Mapping) else headers)
+        self._from_client: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._to_client: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.finished: asyncio.Task[None]
+
+    async def __aenter__(self) -> Self:
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": CHAT,
+            "raw_path": CHAT.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._headers],
+            "server": ("door", 80),
+            "client": ("client", 1234),
+        }
+        self._from_client.put_nowait({"type": "http.request", "body": self._content, "more_body": False})
+        app: Any = self._door.app
+        self.finished = asyncio.create_task(app(scope, self._from_client.get, self._to_client.put))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.finished.cancel()
+
+    async def next(self) -> dict[str, Any]:
+        """The next message of the answer, as the server would get it."""
+        return await asyncio.wait_for(self._to_client.get(), 30)
+
+    async def event(self) -> Any:
+        """The next server-sent event."""
+        message = await self.next()
+        assert message["type"] == "http.response.body"
+        text = message["body"].decode()
+        assert text.startswith("data: ")
+        assert text.endswith("\n\n")
+        assert text.count("data: ") == 1, "several events in one"
+        data = text.removeprefix("data: ").strip()
+        return data if data == "[DONE]" else json.loads(data)
+
+    @property
+    def unread(self) -> int:
+        return self._to_client.qsize()
+
+    def hang_up(self) -> None:
+        self._from_client.put_nowait({"type": "http.disconnect"})
+
+    async def end(self) -> None:
+        """Return when the answer is over."""
+        await asyncio.wait_for(asyncio.shield(self.finished), 30)

@@ -1,0 +1,58 @@
+"""What tests make up: models, workers, and Dynamo's client of instances that live in this process."""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from common.messages import ModelIdentity, WorkerInfo
+
+from dynamo.runtime import Context
+
+BLOCK_SIZE = 16
+
+Handler = Callable[[Any, Context], AsyncIterator[Any]]
+
+
+def identity(name: str = "m", *, block_size: int = BLOCK_SIZE, tokenizer: str | None = None) -> ModelIdentity:
+    return ModelIdentity(name=name, block_size=block_size, tokenizer=tokenizer)
+
+
+def worker_info(
+    instance_id: int = 1,
+    *,
+    model: ModelIdentity | None = None,
+    worker_id: str | None = None,
+    kv_events: str = "tcp://somewhere:1",
+    kv_replay: str = "tcp://somewhere:2",
+    load: str = "tcp://somewhere:3",
+) -> WorkerInfo:
+    return WorkerInfo(
+        instance_id=instance_id,
+        worker_id=worker_id or f"w{instance_id}",
+        model=model or identity(),
+        total_blocks=100,
+        context_length=1600,
+        kv_events=kv_events,
+        kv_replay=kv_replay,
+        load=load,
+    )
+
+
+class LocalClient:
+    """Answers with a handler for each instance, which takes and yields what goes over the wire."""
+
+    def __init__(self, handlers: Mapping[int, Handler]) -> None:
+        self.handlers = dict(handlers)
+        self.bodies: list[Any] = []
+        self.contexts: list[Context] = []
+
+    def instance_ids(self) -> list[int]:
+        return list(self.handlers)
+
+    async def round_robin(self, body: Any, annotated: bool, context: Context) -> AsyncIterator[Any]:
+        return await self.direct(body, self.instance_ids()[len(self.bodies) % len(self.handlers)], annotated, context)
+
+    async def direct(self, body: Any, instance_id: int, annotated: bool, context: Context) -> AsyncIterator[Any]:
+        assert not annotated
+        self.bodies.append(body)
+        self.contexts.append(context)
+        return self.handlers[instance_id](body, context)

@@ -1,0 +1,408 @@
+"""What a program serves, from registration to the last answer."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, cast
+
+from common import service as service_module
+from common.errors import Cancelled, Internal, InvalidRequest, PipelineError, StartupError, Unavailable
+from common.messages import EndpointSpec, Failure, Message
+from common.service import Service, first_of, parser, request_id, run
+
+import pytest
+from dynamo.runtime import Context, DistributedRuntime
+
+
+class Question(Message):
+    text: str
+
+
+class Reply(Message):
+    text: str
+
+
+SPEC = EndpointSpec("thing", "work", Question, Reply)
+
+
+class Discovery:
+    """The endpoint's client: it sees whoever is registered."""
+
+    def __init__(self, endpoint: "FakeEndpoint") -> None:
+        self._endpoint = endpoint
+
+    def instance_ids(self) -> list[int]:
+        return [self._endpoint.connection_id()] if self._endpoint.registered else []
+
+
+class FakeEndpoint:
+    """An endpoint of Dynamo's runtime in this process."""
+
+    def __init__(self, runtime: "FakeRuntime") -> None:
+        self._runtime = runtime
+        self.registered = False
+        self.handler: Any = None
+        self.fails: Exception | None = None
+
+    def connection_id(self) -> int:
+        return 7
+
+    async def client(self) -> Discovery:
+        return Discovery(self)
+
+    async def serve_endpoint(self, handler: Any) -> None:
+        self.handler, self.registered = handler, True
+        if self.fails:
+            await asyncio.sleep(0.01)
+            raise self.fails
+        await self._runtime.ended.wait()
+
+    async def unregister_endpoint_instance(self) -> None:
+        self.registered = False
+
+
+class FakeRuntime:
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    def shutdown(self) -> None:
+        self.ended.set()
+
+
+Handler = Callable[[Question, Context], AsyncIterator[Reply]]
+
+
+class Scene:
+    """A service with one endpoint, and callers."""
+
+    def __init__(self, handler: Handler, drain_seconds: float) -> None:
+        self.runtime = FakeRuntime()
+        self.endpoint = FakeEndpoint(self.runtime)
+        self.service = Service(cast(Any, self.runtime), drain_seconds=drain_seconds)
+        self.service.add(cast(Any, self.endpoint), SPEC, handler)
+
+    async def call(self, context: Context, body: Any = None) -> list[Any]:
+        return [item async for item in self.endpoint.handler(body or {"text": "?"}, context)]
+
+    async def begin(self, context: Context) -> asyncio.Task[list[Any]]:
+        """A call that is in progress."""
+        task = asyncio.create_task(self.call(context))
+        while not self.service._in_progress:
+            await asyncio.sleep(0)
+        return task
+
+
+def play(handler: Handler, scenario: Callable[[Scene], Awaitable[None]], *, drain_seconds: float = 30.0) -> None:
+    """Play a scenario while the service is up. Ends when the service has left."""
+
+    async def main() -> None:
+        scene = Scene(handler, drain_seconds)
+        async with scene.service:
+            await scene.service.serve()
+            await scenario(scene)
+
+    asyncio.run(main())
+
+
+@pytest.fixture(autouse=True)
+def process_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`serve` forbids new endpoints from then on, and `run` sets up logs, signals and the environment."""
+    monkeypatch.setattr(DistributedRuntime, "endpoint", DistributedRuntime.endpoint)
+    environment, loggers = dict(os.environ), [logging.getLogger(name) for name in ("__main__", "common")]
+    states = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for logger, (level, propagate, of_logger) in zip(loggers, states, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.handlers = propagate, of_logger
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+async def echo(request: Question, context: Context) -> AsyncIterator[Reply]:
+    yield Reply(text=request.text)
+    yield Reply(text="done")
+
+
+async def until_stopped(request: Question, context: Context) -> AsyncIterator[Reply]:
+    yield Reply(text="first")
+    await context.async_killed_or_stopped()
+    raise Cancelled("stopped")
+
+
+def raises(error: Exception) -> Handler:
+    async def handler(request: Question, context: Context) -> AsyncIterator[Reply]:
+        yield Reply(text="first")
+        raise error
+
+    return handler
+
+
+def answers(handler: Handler, body: Any = None) -> list[Any]:
+    got = list[Any]()
+
+    async def scenario(scene: Scene) -> None:
+        got.extend(await scene.call(Context("x", {"x-request-id": "mine"}), body))
+
+    play(handler, scenario)
+    return got
+
+
+def failure_in(item: Any) -> PipelineError:
+    return Failure.decode(item).exception
+
+
+class TestHandlers:
+    def test_they_get_and_yield_messages(self) -> None:
+        assert answers(echo, {"text": "hello"}) == [{"text": "hello"}, {"text": "done"}]
+
+    def test_what_is_no_message_of_the_endpoint_is_refused(self) -> None:
+        (item,) = answers(echo, {"txt": "hello"})
+        error = failure_in(item)
+        assert (type(error), error.message) == (InvalidRequest, "invalid Question: text: Field required")
+
+    @pytest.mark.parametrize("error", [InvalidRequest("no", param="x", code="c"), Unavailable("later"), Internal("oh")])
+    def test_a_typed_error_is_the_last_message(self, error: PipelineError, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+        first, last = answers(raises(error))
+        assert first == {"text": "first"}
+        assert (type(failure_in(last)), failure_in(last).body) == (type(error), error.body)
+        (record,) = [record for record in caplog.records if "request_id=mine" in record.message]
+        assert record.levelno == (logging.ERROR if isinstance(error, Internal) else logging.INFO)
+        assert record.exc_info is None
+
+    def test_a_bug_is_internal_and_logged_with_its_traceback(self, caplog: pytest.LogCaptureFixture) -> None:
+        _, last = answers(raises(ZeroDivisionError("by nothing")))
+        error = failure_in(last)
+        assert type(error) is Internal
+        assert error.message == "inference.thing.work failed: ZeroDivisionError: by nothing"
+        (record,) = [record for record in caplog.records if record.exc_info]
+        assert record.message == "request_id=mine failed"
+
+    def test_one_that_was_cancelled_by_its_caller_just_ends(self) -> None:
+        assert answers(raises(Cancelled("gone"))) == [{"text": "first"}]
+
+    def test_the_id_of_a_request_is_its_caller_s(self) -> None:
+        assert request_id(Context("x", {"x-request-id": "mine"})) == "mine"
+        assert request_id(Context("x")) == "x"
+
+
+class TestLeaving:
+    def test_it_waits_for_requests_in_progress_out_of_discovery(self) -> None:
+        go = asyncio.Event()
+
+        async def handler(request: Question, context: Context) -> AsyncIterator[Reply]:
+            await go.wait()
+            assert not context.is_stopped()
+            yield Reply(text="done")
+
+        async def main() -> None:
+            scene = Scene(handler, 30.0)
+            async with scene.service:
+                await scene.service.serve()
+                assert scene.endpoint.registered
+                task = await scene.begin(Context("x"))
+                os.kill(os.getpid(), signal.SIGTERM)
+                await scene.service.stopped()
+                asyncio.get_running_loop().call_later(0.2, go.set)
+            assert await task == [{"text": "done"}]
+            assert not scene.endpoint.registered
+
+        asyncio.run(main())
+
+    def test_what_does_not_finish_is_cut_off_and_its_caller_told(self) -> None:
+        tasks = []
+
+        async def scenario(scene: Scene) -> None:
+            tasks.append(await scene.begin(Context("x")))
+            scene.service.stop()
+
+        async def main() -> None:
+            scene = Scene(until_stopped, 0.05)
+            async with scene.service:
+                await scene.service.serve()
+                await scenario(scene)
+            first, last = await tasks[0]
+            assert first == {"text": "first"}
+            assert type(failure_in(last)) is Cancelled
+
+        asyncio.run(main())
+
+    def test_a_second_signal_does_not_wait(self) -> None:
+        async def scenario(scene: Scene) -> None:
+            await scene.begin(Context("x"))
+            scene.service.stop()
+            asyncio.get_running_loop().call_later(0.05, scene.service.stop)
+
+        play(until_stopped, scenario, drain_seconds=600.0)
+
+    def test_a_request_whose_caller_is_gone_is_not_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its handler does not look at its context."""
+        monkeypatch.setattr(service_module, "LAST_WORDS_SECONDS", 0.1)
+
+        async def deaf(request: Question, context: Context) -> AsyncIterator[Reply]:
+            await asyncio.Event().wait()
+            yield Reply(text="never")
+
+        async def scenario(scene: Scene) -> None:
+            await scene.begin(context := Context("x"))
+            context.stop_generating()
+            scene.service.stop()
+
+        play(deaf, scenario, drain_seconds=600.0)
+
+    def test_requests_may_end_while_the_others_are_being_cut_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A handler that ignores its context, told to stop just while its caller hangs up."""
+        monkeypatch.setattr(service_module, "LAST_WORDS_SECONDS", 0.1)
+
+        async def main() -> None:
+            scene = Scene(echo, 0.01)
+
+            class Vanishing:
+                """A request that ends as soon as it is told to stop, and others with it."""
+
+                def is_stopped(self) -> bool:
+                    return False
+
+                def stop_generating(self) -> None:
+                    scene.service._in_progress.clear()
+
+            async with scene.service:
+                await scene.service.serve()
+                contexts = [cast(Any, Vanishing()) for _ in range(5)]
+                scene.service._in_progress.update(contexts)
+                scene.service.stop()
+
+        asyncio.run(main())
+
+    def test_one_request_may_be_marked_twice(self) -> None:
+        async def scenario(scene: Scene) -> None:
+            context = Context("x")
+            with scene.service.in_progress(context), scene.service.in_progress(context):
+                pass
+
+        play(echo, scenario)
+
+
+class TestServing:
+    def test_it_returns_once_everything_is_registered(self) -> None:
+        async def scenario(scene: Scene) -> None:
+            assert scene.endpoint.registered
+
+        play(echo, scenario)
+
+    def test_an_endpoint_that_is_made_later_is_an_error_at_once(self) -> None:
+        """The process would stand still."""
+
+        async def scenario(scene: Scene) -> None:
+            with pytest.raises(RuntimeError, match=r"before Service\.serve"):
+                DistributedRuntime.endpoint(cast(Any, scene.runtime), "inference.thing.late")
+
+        play(echo, scenario)
+
+    def test_if_what_is_served_fails_the_program_ends(self, caplog: pytest.LogCaptureFixture) -> None:
+        async def main() -> None:
+            scene = Scene(echo, 30.0)
+            scene.endpoint.fails = ConnectionError("lease lost")
+            async with scene.service:
+                await scene.service.serve()
+                await scene.service.stopped()
+
+        with pytest.raises(StartupError, match=r"ended before it was asked to: ConnectionError\('lease lost'\)"):
+            asyncio.run(main())
+        assert "stopping: ConnectionError('lease lost')" in caplog.text
+
+    def test_so_it_does_if_it_is_no_longer_served(self) -> None:
+        async def scenario(scene: Scene) -> None:
+            scene.runtime.ended.set()
+            await scene.service.stopped()
+
+        with pytest.raises(StartupError, match="was the connection to etcd lost"):
+            play(echo, scenario)
+
+    def test_and_if_what_runs_beside_it_ends(self) -> None:
+        async def fail() -> None:
+            raise ZeroDivisionError
+
+        async def scenario(scene: Scene) -> None:
+            scene.service.background(fail())
+            await scene.service.stopped()
+
+        with pytest.raises(StartupError, match="ZeroDivisionError"):
+            play(echo, scenario)
+
+    def test_what_runs_beside_it_is_cancelled_when_it_leaves(self) -> None:
+        cancelled = list[bool]()
+
+        async def work() -> None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.append(True)
+                raise
+
+        async def main() -> None:
+            scene = Scene(echo, 30.0)
+            async with scene.service:
+                scene.service.background(work())
+                await scene.service.serve()
+            await asyncio.sleep(0)
+            assert cancelled == [True]
+
+        asyncio.run(main())
+
+
+class TestRun:
+    ARGS = parser("").parse_args([])
+
+    @pytest.fixture(autouse=True)
+    def without_nats_and_etcd(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DYN_REQUEST_PLANE", "none")
+        monkeypatch.setenv("DYN_DISCOVERY_BACKEND", "none")
+
+    def test_a_program_that_ends_well_ends_with_0(self) -> None:
+        async def main(args: argparse.Namespace) -> None:
+            assert args.drain_seconds == 30.0
+
+        assert run(main, self.ARGS) == 0
+
+    def test_one_that_cannot_start_says_why_in_a_line_and_ends_with_1(self, capsys: pytest.CaptureFixture[str]) -> None:
+        async def main(args: argparse.Namespace) -> None:
+            raise StartupError("no model: name one")
+
+        assert run(main, self.ARGS) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].endswith("no model: name one")
+
+    def test_it_waits_for_nats_and_etcd(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("DYN_REQUEST_PLANE", "DYN_DISCOVERY_BACKEND", "NATS_SERVER", "ETCD_ENDPOINTS"):
+            monkeypatch.delenv(name, raising=False)
+        waited = list[tuple[str, str]]()
+
+        async def until_reachable(name: str, addresses: str) -> None:
+            waited.append((name, addresses))
+
+        monkeypatch.setattr(service_module, "until_reachable", until_reachable)
+
+        async def main(args: argparse.Namespace) -> None:
+            assert os.environ["DYN_EVENT_PLANE"] == "nats"
+
+        assert run(main, self.ARGS) == 0
+        assert waited == [("NATS", "nats://127.0.0.1:4222"), ("etcd", "http://127.0.0.1:2379")]
+
+
+def test_the_first_of_many_ends_the_others() -> None:
+    async def main() -> None:
+        waiting = asyncio.ensure_future(asyncio.Event().wait())
+        await first_of(asyncio.sleep(0), waiting)
+        await asyncio.sleep(0)
+        assert waiting.cancelled()
+        await first_of(asyncio.Event().wait(), seconds=0.01)
+
+    asyncio.run(main())

@@ -90,8 +90,8 @@ class Router:
         watch.on_asked(prompt, found, [candidate.worker for candidate in candidates])
         async with self._chooser.lease(candidates) as best:
             self._fleet.remember(request, best.worker.instance_id)
-            overlap = f"overlap_blocks={best.overlap_blocks} of {prompt.blocks:.1f}"
-            log.info("request_id=%s worker=%s %s", request.request_id or context.id(), best.worker.name, overlap)
+            blocks = f"prompt_blocks={prompt.blocks:.1f} overlap_blocks={best.overlap_blocks}"
+            log.info("request_id=%s worker=%s %s", request.request_id or context.id(), best.worker.name, blocks)
             yield decision(best, candidates if request.explain else ())
             await first_of(context.async_killed_or_stopped(), self._stopped())
         watch.on_finished(prompt)

@@ -17,11 +17,11 @@ import argparse
 import sys
 
 from common.engines.announcement import Announcement
-from common.messages import CACHE, DESCRIBE_WORKER, GENERATE
+from common.messages import CACHE, DESCRIBE_WORKER, GENERATE, WorkerInfo
 from common.model import add_options, identify, resolve_model
 from common.service import Service, parser, run
 
-from dynamo.runtime import DistributedRuntime, dynamo_worker
+from dynamo.runtime import DistributedRuntime, Endpoint, dynamo_worker
 
 
 @dynamo_worker()
@@ -48,13 +48,10 @@ async def serve_sglang(runtime: DistributedRuntime, args: argparse.Namespace) ->
         deterministic=args.deterministic,
         on_sigterm=service.stop,
     )
-    announcement = Announcement(engine.info)
     try:
         await engine.connect(generate)
         async with service:
-            service.background(announcement.follow())
-            service.add(cache, CACHE, announcement.snapshot)
-            service.add(describe, DESCRIBE_WORKER, announcement.describe)
+            announce(service, engine.info, describe=describe, cache=cache)
             service.add(generate, GENERATE, engine.generate)
             await service.serve()
             service.background(engine.publish(generate, register=args.register_model))
@@ -79,15 +76,20 @@ async def serve_mocker(runtime: DistributedRuntime, args: argparse.Namespace) ->
         total_blocks=args.mocker_blocks,
         speedup=args.mocker_speedup,
     )
-    announcement = Announcement(engine.info)
     async with Service(runtime, drain_seconds=args.drain_seconds) as service:
-        service.background(announcement.follow())
-        service.add(cache, CACHE, announcement.snapshot)
-        service.add(describe, DESCRIBE_WORKER, announcement.describe)
+        announce(service, engine.info, describe=describe, cache=cache)
         service.add_served(generate, GENERATE, lambda: engine.run(runtime))
         await service.serve()
         service.background(engine.publish())
         await service.stopped()
+
+
+def announce(service: Service, info: WorkerInfo, *, describe: Endpoint, cache: Endpoint) -> None:
+    """Tell routers what this worker is, and what is in its cache."""
+    announcement = Announcement(info)
+    service.background(announcement.follow())
+    service.add(cache, CACHE, announcement.snapshot)
+    service.add(describe, DESCRIBE_WORKER, announcement.describe)
 
 
 def arguments() -> argparse.ArgumentParser:

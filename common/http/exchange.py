@@ -65,7 +65,7 @@ class Exchange:
         self.usage: Usage | None = None
         self.finish_reason: str | None = None
 
-    def _checked(self, name: str, valid: "_Valid") -> str:
+    def _checked(self, name: str, valid: _Valid) -> str:
         """The value of a header, or "". Raises InvalidRequest if it is not what that may be."""
         value: str | None = self.headers.get(name)
         if value is not None and not valid.pattern.fullmatch(value):
@@ -103,7 +103,7 @@ class Exchange:
 
     @asynccontextmanager
     async def stopped_on_disconnect(self, request: Request) -> AsyncIterator[None]:
-        """Stop the request if the client hangs up while the block runs: until a response streams, nobody else looks."""
+        """Stop the request if the client hangs up while the block runs: nobody else looks for that."""
 
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":

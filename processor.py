@@ -20,7 +20,7 @@ import hashlib
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
 from common.errors import Cancelled, Internal, InvalidRequest, NotFound, Unavailable
@@ -51,6 +51,7 @@ from common.openai_api import (
 from common.remote import Remote
 from common.service import Service, parser, request_id, run
 from common.text.chat_model import ChatModel
+from common.text.coalescer import Coalescer
 from common.text.detokenizer import Detokenizer
 from common.text.stop_strings import StopStrings
 
@@ -110,11 +111,13 @@ class Processor:
         *,
         router: Remote[FindWorkerRequest, RoutingDecision],
         engines: Remote[GenerateRequest, EngineOutput],
+        coalescer: Coalescer,
     ) -> None:
         self._model = model
         self._identity = identity
         self._router = router
         self._engines = engines
+        self._coalescer = coalescer
         self._created = int(time.time())
 
     async def describe(self, request: DescribeRequest, context: Context) -> AsyncIterator[ModelCard]:
@@ -136,7 +139,7 @@ class Processor:
         prompt = await self._encode(request)
         generation = Generation(request, prompt)
         answer = Answer(self._model, request, context.id(), len(prompt))
-        async with aclosing(self._generate(generation, context)) as outputs:
+        async with aclosing(self._coalescer.coalesced(self._generate(generation, context))) as outputs:
             async for output in outputs:
                 if chunk := answer.add(output, generation.decision):
                     yield chunk
@@ -249,7 +252,9 @@ class Answer:
         """
         if not self._begun and output.completion_usage:
             self._prompt_details = Usage.received(output.completion_usage).prompt_tokens_details
-        text = "".join(map(self._add_token, output.token_ids))
+        # With stop strings one by one, to know which token completed it: those after it do not count.
+        pieces = [[token_id] for token_id in output.token_ids] if self._stops.strings else [output.token_ids]
+        text = "".join(map(self._add_tokens, pieces))
         if self._stops.found:
             self.finish_reason = "stop"
         elif output.finish_reason:
@@ -277,11 +282,11 @@ class Answer:
         chunk.usage = usage.encode()
         return chunk
 
-    def _add_token(self, token_id: int) -> str:
+    def _add_tokens(self, token_ids: Sequence[int]) -> str:
         if self._stops.found:  # the engine was faster than we
             return ""
-        self.tokens += 1
-        return "" if token_id in self._ends else self._stops.add(self._detokenizer.add(token_id))
+        self.tokens += len(token_ids)
+        return self._stops.add(self._detokenizer.add([token for token in token_ids if token not in self._ends]))
 
     def _chunk(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
         return ChatCompletionChunk(id=self._id, created=self._created, model=self._model.name, choices=choices)
@@ -327,7 +332,13 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     describe, process = runtime.endpoint(DESCRIBE_MODEL.path), runtime.endpoint(PROCESS.path)
     router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
     engines = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())
-    processor = Processor(ChatModel(resolved, identity.name), identity, router=router, engines=engines)
+    processor = Processor(
+        ChatModel(resolved, identity.name),
+        identity,
+        router=router,
+        engines=engines,
+        coalescer=Coalescer(args.coalesce_ms / 1000),
+    )
     async with Service(runtime, drain_seconds=args.drain_seconds) as service:
         service.add(describe, DESCRIBE_MODEL, processor.describe)
         service.add(process, PROCESS, processor.process)
@@ -340,6 +351,9 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     options = parser(__doc__)
     add_options(options)
+    options.add_argument(
+        "--coalesce-ms", type=float, default=20.0, help="tokens that come within so long go on together; 0: at once"
+    )
     return options
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Generic, Literal, Protocol, Self, TypeVar
 from common.errors import KINDS, Internal, InvalidRequest, PipelineError, StartupError
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 NAMESPACE = "inference"
 
@@ -153,7 +153,7 @@ class FindWorkerRequest(Message):
     request_id: str | None = None
     session: str | None = None  # requests of one session have much in common
     priority: int = 0  # higher is more urgent
-    excluded: list[InstanceId] = []  # instances that already failed this request
+    excluded: list[InstanceId] = Field(default_factory=list)  # instances that already failed this request
     explain: bool = False  # answer with the cost of every worker
 
 
@@ -176,7 +176,7 @@ class RoutingDecision(Message):
     overlap_blocks: int  # leading blocks of the prompt that this worker has in its KV cache
     cost: float  # in blocks; 0 if the policy names none
     context_length: int | None = None  # tokens of prompt and answer together; None if the worker did not say
-    reasons: list[WorkerCost] = []  # for each candidate, if asked to explain
+    reasons: list[WorkerCost] = Field(default_factory=list)  # for each candidate, if asked to explain
 
 
 FIND_WORKER = EndpointSpec("router", "find_worker", FindWorkerRequest, RoutingDecision)
@@ -304,9 +304,9 @@ class GenerateRequest(Message):
     model: str
     stop_conditions: StopConditions
     sampling_options: SamplingOptions
-    output_options: dict[str, Any] = {}
-    eos_token_ids: list[int] = []
-    annotations: list[str] = []
+    output_options: dict[str, Any] = Field(default_factory=dict)  # pydantic would copy a {} with every request
+    eos_token_ids: list[int] = Field(default_factory=list)
+    annotations: list[str] = Field(default_factory=list)
 
     def encode(self) -> dict[str, Any]:
         """Whole: Dynamo's workers require its fields."""
@@ -342,6 +342,12 @@ class EngineOutput(TokenMessage, kw_only=True, omit_defaults=True):
     token_ids: list[int] = []  # the new ones only
     finish_reason: str | dict[str, Any] | None = None  # on the last item
     completion_usage: dict[str, Any] | None = None  # a Usage, on the first and the last item
+
+    def extend(self, later: "EngineOutput") -> None:
+        """Take in the output that follows this one."""
+        self.token_ids += later.token_ids
+        self.finish_reason = later.finish_reason
+        self.completion_usage = later.completion_usage or self.completion_usage
 
     def encode(self) -> dict[str, Any]:
         """With its tokens, even if there are none: Dynamo's frontend requires them."""

@@ -10,19 +10,19 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = strings
+        self.strings = strings
         self._waiting = ""
         self.found = False
 
     def add(self, text: str) -> str:
         """What of the text so far can be given out now. Sets `found` if a stop string is complete."""
         text = self._waiting + text
-        ends = [end for end in map(text.find, self._strings) if end >= 0]
+        ends = [end for end in map(text.find, self.strings) if end >= 0]
         if ends:
             self.found = True
             self._waiting = ""
             return text[: min(ends)]
-        keep = max((_overhang(text, string) for string in self._strings), default=0)
+        keep = max((_overhang(text, string) for string in self.strings), default=0)
         self._waiting = text[len(text) - keep :]
         return text[: len(text) - keep]
 

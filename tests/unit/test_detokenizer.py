@@ -43,7 +43,7 @@ def byte_fallback() -> Tokenizer:
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     detokenizer = Detokenizer(tokenizer)
-    return [*(detokenizer.add(token_id) for token_id in ids), detokenizer.flush()]
+    return [*(detokenizer.add([token_id]) for token_id in ids), detokenizer.flush()]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -82,6 +82,20 @@ def test_any_tokens_decode_as_they_do_at_once() -> None:
     for _ in range(300):
         ids = [chance.randrange(tokenizer.get_vocab_size()) for _ in range(chance.randrange(1, 60))]
         assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_however_the_tokens_are_cut_into_pieces() -> None:
+    tokenizer = byte_level()
+    chance = random.Random(2)
+    for text in TEXTS * 20:
+        ids = tokenizer.encode(text).ids
+        detokenizer, made = Detokenizer(tokenizer), ""
+        while ids:
+            count = chance.randrange(1, 9)
+            piece, ids = detokenizer.add(ids[:count]), ids[count:]
+            assert BROKEN in text or BROKEN not in piece
+            made += piece
+        assert made + detokenizer.flush() == text
 
 
 def test_special_tokens_are_silent() -> None:

@@ -1,0 +1,70 @@
+"""Tokens that come close together go on together: what costs on the way to a client is messages, not tokens."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from common.messages import EngineOutput
+
+# What a message takes of processor and frontend, and as much again for the rest of their work.
+MESSAGE_SECONDS = 0.0002
+
+
+class Coalescer:
+    """Gathers the tokens of each stream for a while: for longer, the more streams there are, so that there is time for
+    a message of each."""
+
+    def __init__(self, seconds: float) -> None:
+        """seconds: how long at least; 0 gathers nothing."""
+        self._seconds = seconds
+        self._streams = 0
+
+    async def coalesced(self, outputs: AsyncGenerator[EngineOutput]) -> AsyncGenerator[EngineOutput]:
+        """Yield the first of `outputs` at once, and then from time to time what has come since. Nobody waits for the
+        last one. Raises what `outputs` raises, after all that came before.
+
+        They are read as they come, however slow the reader of this is.
+        """
+        self._streams += 1
+        try:
+            async with aclosing(self._gathered(outputs) if self._seconds else outputs) as stream:
+                async for output in stream:
+                    yield output
+        finally:
+            self._streams -= 1
+
+    async def _gathered(self, outputs: AsyncGenerator[EngineOutput]) -> AsyncGenerator[EngineOutput]:
+        loop = asyncio.get_running_loop()
+        gathered: EngineOutput | None = None
+        due = loop.time()  # when it may go on
+        ready = asyncio.Event()
+        timer: asyncio.TimerHandle | None = None
+
+        async def read() -> None:
+            nonlocal gathered, timer
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if gathered:
+                        gathered.extend(output)
+                    else:
+                        gathered = output
+                        timer = loop.call_at(due, ready.set)
+                    if output.finish_reason:
+                        ready.set()
+
+        reading = asyncio.create_task(read())
+        reading.add_done_callback(lambda _: ready.set())
+        try:
+            while gathered or not reading.done():
+                await ready.wait()
+                ready.clear()
+                if gathered:
+                    output, gathered = gathered, None
+                    due = loop.time() + max(self._seconds, self._streams * MESSAGE_SECONDS)
+                    yield output
+            reading.result()
+        finally:
+            if timer:
+                timer.cancel()
+            reading.cancel()
+            await asyncio.wait([reading])

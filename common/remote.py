@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import random
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Generic
@@ -115,7 +114,7 @@ class Remote(Generic[Request, Answer]):
             if parent and parent.is_stopped():
                 raise Cancelled("the caller went away")
             began = now()
-            context = Context(uuid.uuid4().hex, dict(parent.metadata) if parent else None)
+            context = Context(metadata=dict(parent.metadata) if parent else None)
             items = self.stream(request, context, None if instance_id is None else [instance_id])
             try:
                 try:

@@ -36,12 +36,12 @@ from common.messages import (
     WorkerCost,
     WorkersRequest,
 )
-from common.prefix_index import sequence_hashes
 from common.remote import Remote
 from common.routing.fleet import Fleet
 from common.routing.membership import Membership
 from common.routing.overlap_watch import OverlapWatch
 from common.routing.policy import POLICIES, Candidate, LowestCost, Weights
+from common.routing.prefix_index import sequence_hashes
 from common.routing.worker import Prompt
 from common.service import Service, first_of, parser, run
 

@@ -26,10 +26,10 @@ from typing import Any
 from benchmarks.pipeline import REPOSITORY, Pipeline, Setting, running
 from common.messages import FIND_WORKER, FindWorkerRequest, ModelIdentity, StoredBlocks
 from common.model import identify, resolve_model
-from common.prefix_index import sequence_hashes
 from common.remote import Remote
 from common.routing.fleet import Fleet
 from common.routing.policy import Weights, choose, kv
+from common.routing.prefix_index import sequence_hashes
 from common.routing.worker import Prompt, Worker
 from common.service import run
 

@@ -6,8 +6,8 @@ from collections import OrderedDict
 
 from common.errors import Unavailable
 from common.messages import FindWorkerRequest, ModelIdentity, WorkerStatus
-from common.prefix_index import PrefixIndex
 from common.routing.policy import Candidate
+from common.routing.prefix_index import PrefixIndex
 from common.routing.worker import Prompt, Worker
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import uuid
 from collections.abc import AsyncIterator
 
 from common.errors import PipelineError
@@ -110,7 +109,7 @@ class Membership:
 
     async def _follow_cache(self, worker: Worker, info: WorkerInfo) -> None:
         def snapshot() -> AsyncIterator[CacheSnapshot]:
-            return self._cache.stream(SnapshotRequest(), Context(uuid.uuid4().hex), [worker.instance_id])
+            return self._cache.stream(SnapshotRequest(), Context(), [worker.instance_id])
 
         events = self._streams[worker.instance_id] = KvEventStream(info.kv_events, info.kv_replay, snapshot)
         async for item, stored in self._fleet.index.follow(worker.instance_id, events):

@@ -24,31 +24,6 @@ def sequence_hashes(local_hashes: Sequence[int], parent: int = _ROOT) -> list[in
     return list(accumulate(local_hashes, lambda before, block: hash((before, block)), initial=parent))[1:]
 
 
-class _Block(msgspec.Struct):
-    block_hash: int
-    tokens_hash: int
-
-
-class _Stored(msgspec.Struct):
-    parent_hash: int | None
-    blocks: list[_Block]
-
-
-class _Data(msgspec.Struct):
-    stored: _Stored
-
-
-class _Event(msgspec.Struct):
-    data: _Data
-
-
-class _Dumped(msgspec.Struct):
-    """What RadixTree.dump_tree_as_events gives, a chain of blocks each."""
-
-    worker_id: int
-    event: _Event
-
-
 class PrefixIndex:
     """The KV caches of all workers, searched by prompt.
 
@@ -74,19 +49,6 @@ class PrefixIndex:
     def blocks(self, instance_id: int) -> int:
         """How many blocks a worker has in its cache."""
         return len(self._hashes.get(instance_id, ()))
-
-    def chains(self, instance_id: int) -> list[StoredBlocks]:
-        """A worker's blocks as chains, parents before their children."""
-        events = (msgspec.json.decode(event, type=_Dumped) for event in self._tree.dump_tree_as_events())
-        return [
-            StoredBlocks(
-                parent_id=event.event.data.stored.parent_hash,
-                block_ids=[block.block_hash for block in event.event.data.stored.blocks],
-                local_hashes=[block.tokens_hash for block in event.event.data.stored.blocks],
-            )
-            for event in events
-            if event.worker_id == instance_id
-        ]
 
     async def follow(self, instance_id: int, events: KvEventStream) -> AsyncIterator[tuple[Update | Lost, list[int]]]:
         """Keep a worker's blocks true. Yield each thing that came, and the sequence hashes of the blocks stored."""

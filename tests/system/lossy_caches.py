@@ -11,7 +11,7 @@ import json
 import random
 import sys
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 
 from common.kv_events import KvEventStream, RemovedBlocks, Update
 from common.messages import (
@@ -25,13 +25,13 @@ from common.messages import (
     SamplingOptions,
     SnapshotRequest,
     StopConditions,
-    StoredBlocks,
     WorkerInfo,
 )
-from common.prefix_index import PrefixIndex
 from common.remote import Remote
+from common.routing.prefix_index import PrefixIndex
 from common.service import parser, run
 from tests.lossy import LossyProxy
+from tests.unit.stand_ins import tree_blocks
 
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 
@@ -93,17 +93,13 @@ class Follower:
         deadline = asyncio.get_running_loop().time() + PATIENCE
         while not equal and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.2)
-            own = {block_id async for part in self._snapshot() for block_id in block_ids(part.chains)}
-            equal = own == set(block_ids(self._index.chains(0)))
+            own = {block_id async for part in self._snapshot() for chain in part.chains for block_id in chain.block_ids}
+            equal = own == tree_blocks(self._index, 0)
         self._proxy.close()
         return {"dropped": self._proxy.dropped, "blocks": len(own), "removed": self._removed, "equal": equal}
 
     def _snapshot(self) -> AsyncIterator[CacheSnapshot]:
         return self._caches.stream(SnapshotRequest(), Context(uuid.uuid4().hex), [self.info.instance_id])
-
-
-def block_ids(chains: Iterable[StoredBlocks]) -> list[int]:
-    return [block_id for chain in chains for block_id in chain.block_ids]
 
 
 @dynamo_worker()

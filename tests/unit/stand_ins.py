@@ -1,9 +1,11 @@
 """What tests make up: models, workers, and Dynamo's client of instances that live in this process."""
 
+import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from common.messages import ModelIdentity, WorkerInfo
+from common.routing.prefix_index import PrefixIndex
 
 from dynamo.runtime import Context
 
@@ -56,3 +58,11 @@ class LocalClient:
         self.bodies.append(body)
         self.contexts.append(context)
         return self.handlers[instance_id](body, context)
+
+
+def tree_blocks(index: PrefixIndex, instance_id: int) -> set[int]:
+    """The ids of the blocks that the index's tree has for a worker."""
+    events = [
+        event for event in map(json.loads, index._tree.dump_tree_as_events()) if event["worker_id"] == instance_id
+    ]
+    return {block["block_hash"] for event in events for block in event["event"]["data"]["stored"]["blocks"]}

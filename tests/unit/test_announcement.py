@@ -4,7 +4,7 @@ import asyncio
 
 from common.engines.announcement import PART_BLOCKS, Announcement
 from common.messages import CacheSnapshot, SnapshotRequest, StoredBlocks
-from common.prefix_index import PrefixIndex
+from common.routing.prefix_index import PrefixIndex
 from tests.unit.stand_ins import worker_info
 
 from dynamo.runtime import Context
@@ -20,7 +20,7 @@ def snapshot(cache: Announcement) -> list[CacheSnapshot]:
 def cache_of(*chains: StoredBlocks) -> Announcement:
     cache = Announcement(worker_info())
     for chain in chains:
-        cache._index.apply(0, chain)
+        cache._account.apply(chain)
     return cache
 
 

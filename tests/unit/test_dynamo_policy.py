@@ -9,10 +9,10 @@ from common.engines.ports import free_ports
 from common.engines.publisher import KvEventPublisher
 from common.errors import Unavailable
 from common.messages import FindWorkerRequest, ModelIdentity
-from common.prefix_index import sequence_hashes
 from common.routing.dynamo_policy import DynamoPolicy
 from common.routing.fleet import Fleet
 from common.routing.policy import Candidate, Weights
+from common.routing.prefix_index import sequence_hashes
 from common.routing.worker import Prompt, Worker
 from tests.unit.stand_ins import BLOCK_SIZE, identity, worker_info
 

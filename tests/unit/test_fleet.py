@@ -10,10 +10,10 @@ from common.engines.publisher import KvEventPublisher
 from common.errors import Unavailable
 from common.kv_events import KvEventStream, Lost, Update
 from common.messages import CacheSnapshot, FindWorkerRequest, LoadStat, ModelIdentity, StoredBlocks
-from common.prefix_index import sequence_hashes
 from common.routing import fleet as fleet_module
 from common.routing.fleet import Fleet
 from common.routing.policy import Candidate
+from common.routing.prefix_index import sequence_hashes
 from common.routing.worker import Prompt, Worker
 from tests.unit.stand_ins import identity, worker_info
 

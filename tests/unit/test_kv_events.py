@@ -24,9 +24,9 @@ from common.messages import (
     SnapshotRequest,
     StoredBlocks,
 )
-from common.prefix_index import PrefixIndex
+from common.routing.prefix_index import PrefixIndex
 from tests.lossy import LossyProxy
-from tests.unit.stand_ins import identity, worker_info
+from tests.unit.stand_ins import identity, tree_blocks, worker_info
 
 import msgspec
 import pytest
@@ -287,7 +287,7 @@ async def exhaust(items: AsyncIterator[object]) -> None:
 
 def equal(index: PrefixIndex, cache: Collection[tuple[int, ...]]) -> bool:
     """Whether the index has just these prefixes of tokens."""
-    block_ids = {block_id for chain in index.chains(1) for block_id in chain.block_ids}
+    block_ids = tree_blocks(index, 1)
     return block_ids == {hash(prefix) % 2**64 for prefix in cache} and index.blocks(1) == len(block_ids)
 
 

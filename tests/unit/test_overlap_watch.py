@@ -3,8 +3,8 @@
 import logging
 
 from common.kv_events import Update
-from common.prefix_index import sequence_hashes
 from common.routing.overlap_watch import REPEATS, OverlapWatch
+from common.routing.prefix_index import sequence_hashes
 from common.routing.worker import Prompt, Worker
 from tests.unit.stand_ins import worker_info
 

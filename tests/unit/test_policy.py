@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from common.messages import FindWorkerRequest
-from common.prefix_index import sequence_hashes
 from common.routing.fleet import Fleet
 from common.routing.policy import (
     POLICIES,
@@ -20,6 +19,7 @@ from common.routing.policy import (
     round_robin,
     session_affinity,
 )
+from common.routing.prefix_index import sequence_hashes
 from common.routing.worker import Prompt, Worker
 from tests.unit.stand_ins import identity
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 from common.kv_events import RemovedBlocks
 from common.messages import AllBlocksCleared, LoadStat, StoredBlocks
-from common.prefix_index import PrefixIndex, sequence_hashes
+from common.routing.prefix_index import PrefixIndex, sequence_hashes
 from common.routing.worker import Prompt, Worker
 from tests.unit.stand_ins import identity, worker_info
 

@@ -284,8 +284,9 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     service = Service(runtime, drain_seconds=args.drain_seconds)
     processors = Processors(process, describe)
     frontend = Frontend(service, processors=processors, routers=workers, stages=stages, stage=stage)
+    app = frontend.app(args.cors_origin)
     # Around the service: while that waits for the requests in progress, they still have their connections.
-    async with listening(frontend.app(args.cors_origin), args.host, args.port), service:
+    async with listening(app, args.host, args.port, reuse_port=args.reuse_port), service:
         service.add(endpoint, CHAT_COMPLETIONS, frontend.chat_completions)
         await service.serve()
         await service.wait_for(*stages.values())
@@ -297,6 +298,7 @@ def arguments() -> argparse.ArgumentParser:
     options = parser(__doc__)
     options.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     options.add_argument("--port", type=int, default=8000)
+    options.add_argument("--reuse-port", action="store_true", help="share the port with other frontends that do")
     options.add_argument(
         "--processor", default=PROCESS.path, help="endpoint that gets the requests, to put a stage in between"
     )

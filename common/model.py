@@ -8,9 +8,6 @@ from pathlib import Path
 from common.errors import StartupError
 from common.messages import ModelIdentity
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
 DEFAULT_MODEL = Path(__file__).parent.parent / "models" / "pipeline-chat"
 BLOCK_SIZE = 16  # tokens in a KV block, unless the programs are told otherwise
 
@@ -44,7 +41,7 @@ def resolve_model(model: str | None) -> str:
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise StartupError(f"no model at {model!r}: --model takes a folder, or a name on the hub like Qwen/Qwen3-0.6B")
     try:
-        hf_hub_download(model, "config.json")
+        _file(model, "config.json")
     except (OSError, ValueError) as error:
         raise StartupError(f"{model!r} cannot be had from the hub: {str(error).splitlines()[0]}") from error
     return model
@@ -66,8 +63,15 @@ def tokenizer_fingerprint(resolved: str) -> str | None:
     """A short hash of the model's tokenizer.json: equal for equal tokenizers. None if the model has no such file, or it
     cannot be had now."""
     try:
-        folder = os.path.isdir(resolved)
-        file = Path(resolved, "tokenizer.json") if folder else hf_hub_download(resolved, "tokenizer.json")
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-    except (FileNotFoundError, HfHubHTTPError, LocalEntryNotFoundError):
+        return hashlib.sha256(_file(resolved, "tokenizer.json").read_bytes()).hexdigest()[:16]
+    except OSError:
         return None
+
+
+def _file(resolved: str, name: str) -> Path:
+    """A file of a model, downloaded if need be. Raises OSError if it cannot be had, ValueError for an invalid name."""
+    if os.path.isdir(resolved):
+        return Path(resolved, name)
+    from huggingface_hub import hf_hub_download  # imported here, because most models are in a folder
+
+    return Path(hf_hub_download(resolved, name))

@@ -1,4 +1,4 @@
-"""Runs the whole pipeline on this machine: NATS, etcd, the engines, the router, the processors and the frontend.
+"""Runs the whole pipeline on this machine: NATS, etcd, the engines, the routers, the processors and the frontends.
 
 Starts each part, waits until all are ready, checks them with real requests, and then watches over them: a part that
 dies is started again. Ctrl-C ends everything in order.
@@ -41,6 +41,7 @@ STOP_SECONDS = 15  # for a program to end, besides what it gives requests in pro
 SIGN_SECONDS = 0.5 if TERMINAL else 10.0  # between signs of life while parts start
 GPU_SHARE = 0.85  # of a GPU's memory for engines
 QUESTION = "What does the router do, and how does it know which worker has my prompt cached?"
+OURS = ("worker_id", "reuse_port")  # options of the programs that are not for the user to set
 LOCAL = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where this machine reaches a server that listens on all addresses
 
 
@@ -101,9 +102,10 @@ class Launcher:
                     group.create_task(part.keep_running())
 
             signs = group.create_task(self._show_signs_of_life())
-            for rows in ([await self._nats(), await self._etcd()], [*self._engines(), *self._others()]):
-                self._parts += [part for row in rows for part in row]
-                await asyncio.gather(*(group.create_task(start(row)) for row in rows))
+            # All at once: the programs wait for NATS and etcd themselves.
+            rows = [await self._nats(), await self._etcd(), *self._engines(), *self._others()]
+            self._parts += [part for row in rows for part in row]
+            await asyncio.gather(*(group.create_task(start(row)) for row in rows))
             model = await self._check()
             signs.cancel()
             self._report(model)
@@ -148,6 +150,7 @@ class Launcher:
         options += [f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}"]
         options += [f"--initial-cluster=default={peer}", f"--data-dir={self._data}/etcd"]
         options += ["--unsafe-no-fsync"]  # nothing in it outlives this run
+        options += ["--heartbeat-interval=50", "--election-timeout=250"]  # alone, it waits for no other's vote
         self._environment["ETCD_ENDPOINTS"] = client
         return [self._part("etcd", [find("etcd"), *options], "ready to serve client requests")]
 
@@ -162,28 +165,30 @@ class Launcher:
             own = {**args.models[number // args.engines], "worker_id": number, "host": None}
             if gpus and args.gpu_memory_fraction is None:
                 own["gpu_memory_fraction"] = round(GPU_SHARE / len(range(number, count, gpus)), 3)
-            part = self._program("engine", f"engine {number}", f"serving {GENERATE.path} ", own)
+            part = self._program(f"engine {number}", f"serving {GENERATE.path} ", own)
             if gpus:
                 part.environment = {**self._environment, "CUDA_VISIBLE_DEVICES": str(number % gpus)}
             rows[number % len(rows)].append(part)
         return rows
 
     def _others(self) -> list[list[Part]]:
-        args, own = self._args, {}
-        parts = [self._program("router", "router", f"serving {FIND_WORKER.path} ")]
-        for number, model in enumerate(args.models):
-            name = f"processor {number}" if len(args.models) > 1 else "processor"
-            parts.append(self._program("processor", name, f"serving {PROCESS.path} ", model))
+        args = self._args
+        own: dict[str, Any] = {"reuse_port": args.frontends > 1}
+        parts = [self._program(name, f"serving {FIND_WORKER.path} ") for name in names("router", args.routers)]
+        for number, name in enumerate(names("processor", args.processors * len(args.models))):
+            parts.append(self._program(name, f"serving {PROCESS.path} ", args.models[number // args.processors]))
         if args.stage:
             own["processor"] = f"{NAMESPACE}.{args.stage.stem}.process"
             stage = self._part(args.stage.stem, [sys.executable, str(args.stage)], f"serving {own['processor']} ")
             path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
             stage.environment = {**self._environment, "PYTHONPATH": path}
             parts.append(stage)
-        return [[part] for part in (*parts, self._program("frontend", "frontend", "listening on", own))]
+        parts += [self._program(name, "listening on", own) for name in names("frontend", args.frontends)]
+        return [[part] for part in parts]
 
-    def _program(self, program: str, name: str, ready_text: str, own: Mapping[str, Any] | None = None) -> Part:
-        """One of the four programs. own: values of options that are not those of the launch."""
+    def _program(self, name: str, ready_text: str, own: Mapping[str, Any] | None = None) -> Part:
+        """One of the four programs, the first word of `name`. own: values of options that are not the launch's."""
+        program = name.split()[0]
         options = options_of(PARSERS[program](), {**vars(self._args), **(own or {})})
         return self._part(name, [sys.executable, str(REPOSITORY / f"{program}.py"), *options], ready_text)
 
@@ -204,15 +209,18 @@ class Launcher:
         return models[0]
 
     async def _joined(self) -> list[str]:
-        """The models that the frontend knows, once all that was started has joined. Raises LaunchError."""
-        wanted, engines = len(self._args.models), self._args.engines * len(self._args.models)
+        """The models that a frontend knows, once all that was started has joined. Raises LaunchError."""
+        args, models = self._args, len(self._args.models)
+        started = {"router": args.routers, "processor": args.processors * models, "engine": args.engines * models}
         deadline = time.monotonic() + JOIN_SECONDS
         while True:
             health, cards = await self._ask("/health"), (await self._ask("/v1/models")).get("data", [])
-            if health.get("status") == "healthy" and health["instances"]["engine"] >= engines and len(cards) >= wanted:
+            instances = health.get("instances", {})
+            joined = all(instances.get(stage, 0) >= count for stage, count in started.items())
+            if joined and health["status"] == "healthy" and len(cards) >= models:
                 return [card["id"] for card in cards]
             if time.monotonic() > deadline:
-                state = f"{json.dumps(health)}, {len(cards)} of {wanted} models"
+                state = f"{json.dumps(health)}, {len(cards)} of {models} models"
                 raise LaunchError(f"the parts are ready but do not find each other: {state}; see {self._logs}")
             await asyncio.sleep(0.1)
 
@@ -297,6 +305,16 @@ async def runs_already(name: str, variable: str) -> bool:
     return True
 
 
+def names(program: str, count: int) -> list[str]:
+    """What the parts are called that run a program: with a number if there are several."""
+    return [f"{program} {number}" for number in range(count)] if count > 1 else [program]
+
+
+def one_per(cores: int) -> int:
+    """How many of a program run by default: one per so many cores of this machine, but at least 1 and at most 8."""
+    return min(max(1, len(os.sched_getaffinity(0)) // cores), 8)
+
+
 def number(most: int) -> Callable[[str], int]:
     """For argparse: a whole number from 1 to `most`."""
 
@@ -333,6 +351,9 @@ def arguments() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser("launch.sh", "%(prog)s [options]", __doc__, formatter_class=service.Formatter)
     add = options.add_argument
     add("--engines", type=number(1000), default=2, help="engines for each model")
+    add("--processors", type=number(100), default=one_per(4), help="for each model: one per 4 cores, up to 8")
+    add("--frontends", type=number(100), default=one_per(8), help="that share the port: one per 8 cores, up to 8")
+    add("--routers", type=number(100), default=1, help="routers side by side")
     add("--model", action="append", help="folder, or name on the Hugging Face hub; one more with each")
     add("--model-name", action="append", help="what clients call it; once for each model")
     add("--block-size", type=number(2**16), default=BLOCK_SIZE, help="tokens in a KV block")
@@ -343,7 +364,7 @@ def arguments() -> argparse.ArgumentParser:
         title = "all programs" if program == "processor" else f"{program}.py"
         group = options.add_argument_group(f"handed on to {title}")
         for action in parser()._actions:
-            if action.dest != "worker_id" and options._option_string_actions.keys().isdisjoint(action.option_strings):
+            if action.dest not in OURS and options._option_string_actions.keys().isdisjoint(action.option_strings):
                 group._add_action(action)
     return options
 

@@ -27,8 +27,11 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def listening(app: ASGIApp, host: str, port: int) -> AsyncIterator[None]:
-    """Serve HTTP while the block runs. Raises StartupError if nothing can listen there."""
+async def listening(app: ASGIApp, host: str, port: int, *, reuse_port: bool = False) -> AsyncIterator[None]:
+    """Serve HTTP while the block runs. Raises StartupError if nothing can listen there.
+
+    reuse_port: share the port with other servers that do; the kernel gives each connection to one of them.
+    """
     config = uvicorn.Config(
         app,
         http="httptools",
@@ -42,7 +45,7 @@ async def listening(app: ASGIApp, host: str, port: int) -> AsyncIterator[None]:
         timeout_graceful_shutdown=CLOSE_SECONDS,
     )
     server = _Server(config)
-    with _listener(host, port) as listener:
+    with _listener(host, port, reuse_port) as listener:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         log.info("listening on http://%s:%d", host, port)
         try:
@@ -52,9 +55,9 @@ async def listening(app: ASGIApp, host: str, port: int) -> AsyncIterator[None]:
             await serving
 
 
-def _listener(host: str, port: int) -> socket.socket:
+def _listener(host: str, port: int, reuse_port: bool) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=reuse_port)
     except (OSError, OverflowError) as error:  # the latter is said of a port that no machine has
         raise StartupError(f"cannot listen on {host}:{port} (--host, --port): {error}") from error

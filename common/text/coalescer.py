@@ -6,8 +6,8 @@ from contextlib import aclosing
 
 from common.messages import EngineOutput
 
-# What a message takes of processor and frontend, and as much again for the rest of their work.
-MESSAGE_SECONDS = 0.0002
+# For a message from processor to frontend: three times what it takes of both, so that most of their time is left.
+MESSAGE_SECONDS = 0.0003
 
 
 class Coalescer:

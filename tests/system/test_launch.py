@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.engines.ports import free_ports
-from scripts.launch import claim
+from scripts.launch import arguments, claim
 from scripts.part import LaunchError
 from tests.system.conftest import REPOSITORY, Process, until
 
@@ -62,11 +62,12 @@ if __name__ == "__main__":
 
 
 class Launch(Process):
-    """launch.sh on a free port."""
+    """launch.sh on a free port, with one of each program on any machine, unless told otherwise."""
 
     def __init__(self, folder: Path, *options: str, **env: str) -> None:
         self.port = free_ports(1)[0]
-        command = ["./launch.sh", "--backend", "mocker", "--port", str(self.port), *options]
+        command = ["./launch.sh", "--backend", "mocker", "--port", str(self.port)]
+        command += ["--processors", "1", "--frontends", "1", *options]
         super().__init__(command, folder / "launch.log", env)
 
     def parts(self) -> list[psutil.Process]:
@@ -235,7 +236,7 @@ def test_a_server_that_does_not_answer_is_said(tmp_path: Path, variable: str) ->
 
 
 @pytest.mark.parametrize(
-    "option", [("--port", "0"), ("--port", "99999"), ("--block-size", "0"), ("--engines", "0"), ("--engines", "x")]
+    "option", [("--port", "0"), ("--port", "99999"), ("--block-size", "0"), ("--processors", "0"), ("--engines", "x")]
 )
 def test_a_number_that_makes_no_sense_is_said(option: tuple[str, str]) -> None:
     done = subprocess.run(["./launch.sh", *option], cwd=REPOSITORY, capture_output=True, text=True)
@@ -258,7 +259,7 @@ def test_servers_that_run_already_are_used(launch: Launch, tmp_path: Path) -> No
     """With NATS_SERVER and ETCD_ENDPOINTS of the first launch, the second one joins its engines to it."""
     servers = dict(re.findall(r"(NATS_SERVER|ETCD_ENDPOINTS)=(\S+)", launch.text))
     port = free_ports(1)[0]
-    command = ["./launch.sh", "--backend", "mocker", "--port", str(port), "--engines", "1"]
+    command = ["./launch.sh", "--backend", "mocker", "--port", str(port), "--engines", "1", "--processors", "1"]
     second = Process(command, tmp_path / "second.log", servers)
     try:
         second.wait_for("Ctrl-C ends it")
@@ -293,7 +294,16 @@ def test_a_missing_model_is_said(tmp_path: Path) -> None:
 def test_help() -> None:
     done = subprocess.run(["./launch.sh", "--help"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0
-    for option in ("--engines", "--model", "--backend", "--port", "--stage"):
+    for option in (
+        "--engines",
+        "--processors",
+        "--frontends",
+        "--routers",
+        "--model",
+        "--backend",
+        "--port",
+        "--stage",
+    ):
         assert option in done.stdout
     for options in (
         "all programs:\n.*--drain-seconds",
@@ -311,6 +321,7 @@ def test_help() -> None:
         (["--policy", "foo"], "argument --policy: invalid choice: 'foo'"),
         (["--router-temperature", "warm"], "argument --router-temperature: invalid float value: 'warm'"),
         (["--worker-id", "x"], "unrecognized arguments: --worker-id"),
+        (["--reuse-port"], "unrecognized arguments: --reuse-port"),
         (["--model", "a", "--model", "b", "--model-name", "c"], "argument --model-name: 1 for 2 models"),
         (["--stage", "nowhere.py"], "nowhere.py is not there"),
         (["--stage", "router.py"], "router.py is not there, or has the name of another part"),
@@ -377,6 +388,40 @@ def test_two_models_at_once(tmp_path: Path) -> None:
         assert "'other-chat', 'pipeline-chat'" in unknown.json()["error"]["message"]
     finally:
         launch.close()
+
+
+def test_several_frontends_processors_and_routers_share_the_work(tmp_path: Path) -> None:
+    kinds = ("frontend", "processor", "router")
+    launch = Launch(tmp_path, *(f"--{kind}s=2" for kind in kinds))
+    try:
+        launch.wait_for("Ctrl-C ends it")
+        assert [launch.ask().status_code for _ in range(40)] == [200] * 40
+        for name in (f"{kind}-{number}" for kind in kinds for number in range(2)):
+            assert (launch.data.parent / f"{name}.log").read_text().count("request_id=") > 1, name
+        with pytest.raises(LaunchError, match="is in use"):
+            claim(launch.port)
+        launch.part("frontend").kill()
+        until(lambda: re.search(r"frontend \d died \(SIGKILL\)", launch.text), "the news")
+        assert [launch.ask().status_code for _ in range(20)] == [200] * 20
+        until(lambda: len(re.findall(r"frontend \d is ready", launch.text)) == 3, "its return")
+        parts = launch.parts()
+        launch.signal(signal.SIGINT)
+        assert launch.exit_code() == 0
+        gone(parts)
+        assert "is killed" not in launch.text
+    finally:
+        launch.close()
+
+
+@pytest.mark.parametrize(
+    ("cores", "processors", "frontends"), [(1, 1, 1), (4, 1, 1), (8, 2, 1), (16, 4, 2), (192, 8, 8)]
+)
+def test_there_are_more_on_a_larger_machine(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processors: int, frontends: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    args = arguments().parse_args([])
+    assert (args.processors, args.frontends, args.routers) == (processors, frontends, 1)
 
 
 def test_models_get_the_names_they_are_given(tmp_path: Path) -> None:

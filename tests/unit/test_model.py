@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from common.errors import InvalidRequest, StartupError
-from common.model import add_options, resolve_model
+from common.model import DEFAULT_MODEL, add_options, resolve_model
 from common.openai_api import ChatCompletionRequest
 from common.text.chat_model import ChatModel, longest_token
 
@@ -51,11 +53,19 @@ def messages(*given: dict[str, Any]) -> Any:
     return ChatCompletionRequest.decode({"model": "m", "messages": [*given]}).messages
 
 
+def test_torch_is_not_imported_nor_missed() -> None:
+    """It would take seconds, and the garbage collector would look through it ever after."""
+    program = f"from common.text.chat_model import ChatModel; import sys; ChatModel({str(DEFAULT_MODEL)!r}, 'm')"
+    program += "; print(sys.modules['torch'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("None\n", "")
+
+
 def test_a_hub_that_cannot_be_reached_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: str) -> None:
         raise LocalEntryNotFoundError("no network\n\nand so on")
 
-    monkeypatch.setattr("common.model.hf_hub_download", fail)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     with pytest.raises(StartupError, match=r"'some/model' cannot be had from the hub: no network$"):
         resolve_model("some/model")
 

@@ -1,6 +1,7 @@
 """The picture of a benchmark."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.measure import Run
@@ -20,6 +21,7 @@ COLOURS = {
     "random": "tab:grey",
     "round-robin": "tab:red",
 }
+PAIR = ("tab:blue", "tab:orange")  # ours, Dynamo's
 
 
 def draw(runs: Sequence[Run], title: str, file: Path) -> None:
@@ -44,6 +46,34 @@ def draw(runs: Sequence[Run], title: str, file: Path) -> None:
     right.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+def draw_pairs(
+    points: Sequence[str], figures: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], title: str, file: Path
+) -> None:
+    """Draw figures side by side, each with bars for the medians of what was measured, and lines from least to most.
+
+    figures: by what they show, then by whose it is, in the order of `points`, the values that were measured.
+    """
+    picture, axes = pyplot.subplots(1, len(figures), figsize=(11, 4.5), sharey=True, layout="constrained")
+    picture.suptitle(title, fontsize=11)
+    for axis, (what, owners) in zip(axes, figures.items(), strict=True):
+        for number, (owner, values) in enumerate(owners.items()):
+            places = [place + 0.4 * number for place in range(len(points))]
+            middles = [statistics.median(one) for one in values]
+            spread = [
+                [middle - min(one) for middle, one in zip(middles, values, strict=True)],
+                [max(one) - middle for middle, one in zip(middles, values, strict=True)],
+            ]
+            bars = axis.barh(places, middles, 0.4, xerr=spread, label=owner, color=PAIR[number])
+            axis.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+        axis.set(xscale="log", xlabel=what, yticks=[place + 0.2 for place in range(len(points))], yticklabels=points)
+        axis.margins(x=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    axes[0].legend(frameon=False)
+    picture.savefig(file, dpi=120)
+    pyplot.close(picture)
 
 
 def _colour(run: Run) -> str:

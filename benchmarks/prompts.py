@@ -24,11 +24,10 @@ class Prompts:
 
     def body(self, request: TraceRequest) -> bytes:
         """A chat completion request, streamed, with this prompt and an answer of exactly this length."""
-        text = " ".join(word for piece in request.pieces for word in self._piece(*piece))
         return msgspec.json.encode(
             {
                 "model": self._model.name,
-                "messages": [{"role": "user", "content": text}],
+                "messages": [{"role": "user", "content": self.text(request)}],
                 "max_tokens": request.output_tokens,
                 "ignore_eos": True,
                 "temperature": 0,
@@ -36,6 +35,10 @@ class Prompts:
                 "stream_options": {"include_usage": True},
             }
         )
+
+    def text(self, request: TraceRequest) -> str:
+        """The prompt itself."""
+        return " ".join(word for piece in request.pieces for word in self._piece(*piece))
 
     def tokens(self, request: TraceRequest) -> int:
         """How long the prompt is with the chat template around it."""

@@ -37,7 +37,7 @@ def latency_table(runs: Sequence[Run]) -> str:
         )
         for run in runs
     )
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def ratio_table(runs: Sequence[Run]) -> str:
@@ -57,7 +57,7 @@ def ratio_table(runs: Sequence[Run]) -> str:
         ]
         for run in runs
     )
-    return _table(header, rows) if baselines else ""
+    return table(header, rows) if baselines else ""
 
 
 def machine_table(runs: Sequence[Run]) -> str:
@@ -82,7 +82,7 @@ def machine_table(runs: Sequence[Run]) -> str:
         )
         for run in runs
     )
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def load_table(runs: Sequence[Run]) -> str:
@@ -101,7 +101,7 @@ def load_table(runs: Sequence[Run]) -> str:
         yield from (f"{mean:.2f}" for mean in means.values())
         yield from (ratio(mean, means["round-robin"]) for policy, mean in means.items() if policy != "round-robin")
 
-    return _table(header, map(row, speedups))
+    return table(header, map(row, speedups))
 
 
 def vanishing_load(runs: Sequence[Run], policy: str = "kv") -> str:
@@ -137,6 +137,6 @@ def ratio(value: float, base: float) -> str:
     return f"{value / base:.2f}" if base else "-"
 
 
-def _table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *map(tuple, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -16,6 +16,7 @@ LoRA, images and much more to the same calls.
 import argparse
 import sys
 
+from common.coalescer import Coalescer
 from common.engines.announcement import Announcement
 from common.messages import CACHE, DESCRIBE_WORKER, GENERATE, WorkerInfo
 from common.model import add_options, identify, resolve_model
@@ -34,6 +35,7 @@ async def serve_sglang(runtime: DistributedRuntime, args: argparse.Namespace) ->
     from common.engines.sglang_engine import SglangEngine
 
     service = Service(runtime, drain_seconds=args.drain_seconds)
+    coalescer = Coalescer(args.coalesce_ms)
     describe, cache = runtime.endpoint(DESCRIBE_WORKER.path), runtime.endpoint(CACHE.path)
     generate = runtime.endpoint(GENERATE.path)
     model_path = resolve_model(args.model)
@@ -52,7 +54,7 @@ async def serve_sglang(runtime: DistributedRuntime, args: argparse.Namespace) ->
         await engine.connect(generate)
         async with service:
             announce(service, engine.info, describe=describe, cache=cache)
-            service.add(generate, GENERATE, engine.generate)
+            service.add(generate, GENERATE, lambda *request: coalescer.coalesced(engine.generate(*request)))
             await service.serve()
             service.background(engine.publish(generate, register=args.register_model))
             await service.stopped()
@@ -99,6 +101,7 @@ def arguments() -> argparse.ArgumentParser:
     options.add_argument("--worker-id", help="its name in logs and response headers; default: its instance id")
     options.add_argument("--backend", choices=["sglang", "mocker"], default="sglang", help="mocker: a simulated engine")
     options.add_argument("--host", default="127.0.0.1", help="address at which routers reach this machine")
+    Coalescer.add_option(options)
     sglang = options.add_argument_group("sglang")
     sglang.add_argument(
         "--register-model", action="store_true", help="let Dynamo's own frontend and router use this worker too"

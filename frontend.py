@@ -59,6 +59,7 @@ from starlette.types import Message as ASGIMessage
 from starlette.types import Receive, Scope, Send
 
 ROUTER_SECONDS = 2.0  # for a router to say what it knows
+CLIENT_SECONDS = 60.0  # for a client to take what it is sent; what waits for it fills the processor's connection to us
 
 
 class WorkersReport(Message):
@@ -221,21 +222,34 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        write = self._exchange.send  # past the layers of the application, of which each would cost time per event
         self._first.routing = UNSET  # which the headers have said
-        await write(event(self._first))
         async with self._exchange.stopped_on_disconnect(Request(scope, receive)):
             try:
-                async for chunk in self._rest:
-                    self._exchange.note(chunk)
-                    if chunk.choices or self._include_usage:
-                        await write(event(chunk))
-                self._exchange.check_finished()
-                await write(body(b"data: [DONE]\n\n"))
-            except PipelineError as error:
-                self._exchange.error = error
-                await write(event(error.body))
-        await write(body(b"", more=False))
+                await self._write_events()
+                await self._write(body(b"", more=False))
+            except TimeoutError:
+                self._exchange.error = Cancelled(f"the client took nothing for {CLIENT_SECONDS:g} s")
+
+    async def _write_events(self) -> None:
+        try:
+            await self._write(event(self._first))
+            async for chunk in self._rest:
+                self._exchange.note(chunk)
+                if chunk.choices or self._include_usage:
+                    await self._write(event(chunk))
+            self._exchange.check_finished()
+            await self._write(body(b"data: [DONE]\n\n"))
+        except PipelineError as error:
+            self._exchange.error = error
+            await self._write(event(error.body))
+
+    async def _write(self, part: ASGIMessage) -> None:
+        """Send a part past the layers of the application, of which each would cost time per event.
+
+        Raises TimeoutError if the client does not take it.
+        """
+        async with asyncio.timeout(CLIENT_SECONDS):
+            await self._exchange.send(part)
 
 
 async def collect(

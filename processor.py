@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
+from common.coalescer import Coalescer
 from common.errors import Cancelled, Internal, InvalidRequest, NotFound, Unavailable
 from common.messages import (
     FIND_WORKER,
@@ -51,7 +52,6 @@ from common.openai_api import (
 from common.remote import Remote
 from common.service import Service, parser, request_id, run
 from common.text.chat_model import ChatModel
-from common.text.coalescer import Coalescer
 from common.text.detokenizer import Detokenizer
 from common.text.stop_strings import StopStrings
 
@@ -337,7 +337,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
         identity,
         router=router,
         engines=engines,
-        coalescer=Coalescer(args.coalesce_ms / 1000),
+        coalescer=Coalescer(args.coalesce_ms),
     )
     async with Service(runtime, drain_seconds=args.drain_seconds) as service:
         service.add(describe, DESCRIBE_MODEL, processor.describe)
@@ -351,9 +351,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     options = parser(__doc__)
     add_options(options)
-    options.add_argument(
-        "--coalesce-ms", type=float, default=20.0, help="tokens that come within so long go on together; 0: at once"
-    )
+    Coalescer.add_option(options)
     return options
 
 

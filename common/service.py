@@ -31,7 +31,7 @@ from typing import Any, NoReturn, cast
 from urllib.parse import urlsplit
 
 from common.errors import Cancelled, Internal, PipelineError, StartupError
-from common.messages import Answer, EndpointSpec, Failure, Request
+from common.messages import Answer, EndpointSpec, Failure, Request, TokenMessage
 from common.remote import Remote
 
 import uvloop
@@ -152,8 +152,8 @@ class Service:
         """Serve `endpoint` with `handler`, an asynchronous generator that gets a request and yields messages, both of
         the types that `spec` names. It begins with `serve`."""
 
-        # The runtime looks for a parameter of this very name.
-        async def answer(body: object, context: Context) -> AsyncIterator[object]:
+        # The runtime looks for parameters of these very names.
+        async def answer(body: object, context: Context) -> AsyncGenerator[object]:
             with self.in_progress(context):
                 try:
                     generator = cast(AsyncGenerator[Answer], handler(spec.request.decode(body), context))
@@ -171,7 +171,20 @@ class Service:
                     log.exception("request_id=%s failed", request_id(context))
                     yield Failure.of(Internal(f"{spec.path} failed: {type(error).__name__}: {error}")).encode()
 
-        self._added.append((spec.path, endpoint, lambda: self._register(endpoint, answer)))
+        async def push(body: object, context: Context, response_sender: Any) -> AsyncIterator[object]:
+            async with aclosing(answer(body, context)) as messages:
+                async for message in messages:
+                    try:
+                        response_sender.send(message)
+                    except RuntimeError:  # the caller is gone
+                        return
+            return
+            yield  # never: what the runtime wants is a generator all the same
+
+        # To be asked for each message costs twice as much as to send it. But `send` waits, and with it this whole
+        # program, once a caller is some megabytes behind, so it is for what comes slowly and in small messages.
+        handle = push if issubclass(spec.answer, TokenMessage) else answer
+        self._added.append((spec.path, endpoint, lambda: self._register(endpoint, handle)))
 
     def _register(self, endpoint: Endpoint, answer: Any) -> Awaitable[Any]:
         self._registered.append(endpoint)

@@ -5,7 +5,7 @@ import json
 import logging
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -119,7 +119,7 @@ class SglangEngine:
         _keep_sigterm(engine.tokenizer_manager, on_sigterm)
         return cls(engine, model_path, info, seeded=cpu or deterministic, min_p=cpu or not deterministic)
 
-    async def generate(self, request: GenerateRequest, context: Context) -> AsyncIterator[EngineOutput]:
+    async def generate(self, request: GenerateRequest, context: Context) -> AsyncGenerator[EngineOutput]:
         """Yield the answer's tokens as they are made. Stopping `context` aborts the request in SGLang."""
         params = self._sampling_params(request)
         if context.is_stopped():

@@ -128,7 +128,8 @@ class TestBodies:
         assert last["usage"]["completion_tokens"] == 5
 
     def test_several_tokens_make_several_chunks(self, pipeline: Pipeline) -> None:
-        assert len(pipeline.stream("Count from 1 to 20.", max_tokens=32, ignore_eos=True)) > 16
+        chunks = pipeline.stream("Count from 1 to 20.", max_tokens=32, ignore_eos=True)
+        assert 3 < len(chunks) < 32  # the first one at once, and those that come close together in one
 
 
 class TestOptions:

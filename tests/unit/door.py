@@ -143,14 +143,17 @@ def _client(handlers: Mapping[int, Handler]) -> Any:
 
 
 class Connection:
-    """One request, whose answer is read message by message, and whose client may hang up."""
+    """One request, whose answer is read message by message, and whose client may hang up.
 
-    def __init__(self, door: Door, body: Any = HELLO, headers: Headers = ()) -> None:
+    room: for messages that are not read yet; 0 is any number.
+    """
+
+    def __init__(self, door: Door, body: Any = HELLO, headers: Headers = (), room: int = 0) -> None:
         self._door = door
         self._content = json.dumps(body).encode()
         self._headers = list(headers.items() if isinstance(headers, Mapping) else headers)
         self._from_client: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._to_client: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._to_client: asyncio.Queue[dict[str, Any]] = asyncio.Queue(room)
         self.finished: asyncio.Task[None]
 
     async def __aenter__(self) -> Self:

@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
+from common import coalescer
+from common.coalescer import Coalescer
 from common.errors import Unavailable
 from common.messages import EngineOutput, PromptTokensDetails, Usage
-from common.text import coalescer
-from common.text.coalescer import Coalescer
 
 import pytest
 
@@ -49,7 +49,7 @@ class Source:
 def play(scenario: Callable[[Source, AsyncGenerator[EngineOutput]], Awaitable[None]], seconds: float = LONG) -> None:
     async def run() -> None:
         source = Source()
-        async with aclosing(Coalescer(seconds).coalesced(source.stream())) as outputs, asyncio.timeout(10):
+        async with aclosing(Coalescer(1000 * seconds).coalesced(source.stream())) as outputs, asyncio.timeout(10):
             await scenario(source, outputs)
         assert source.closed
 
@@ -148,7 +148,7 @@ def test_the_more_streams_the_longer_they_gather(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(coalescer, "MESSAGE_SECONDS", LONG / 2)
 
     async def run() -> None:
-        gatherer, one, other = Coalescer(SHORT), Source(), Source()
+        gatherer, one, other = Coalescer(1000 * SHORT), Source(), Source()
         async with aclosing(gatherer.coalesced(one.stream())) as outputs:
             async with aclosing(gatherer.coalesced(other.stream())) as others:
                 for source, stream in ((other, others), (one, outputs)):

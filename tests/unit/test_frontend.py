@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import frontend
 from common.errors import (
     Cancelled,
     Internal,
@@ -491,6 +492,19 @@ class TestHangUp:
         (line,) = log()
         assert "status=499" in line
         assert tracebacks() == []
+
+    def test_a_client_that_reads_nothing_is_given_up(self, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(frontend, "CLIENT_SECONDS", 0.05)
+        door = Door(two_words)
+
+        async def run() -> None:
+            async with Connection(door, STREAM, room=2) as client:  # for the start and one event
+                await client.end()
+
+        asyncio.run(run())
+        assert door.processors.contexts[0].is_stopped()
+        (line,) = log()
+        assert "status=499" in line
 
     def test_an_answer_that_is_complete_was_not_hung_up_on(self, log: Log) -> None:
         async def scenario(client: Connection) -> None:

@@ -1,15 +1,17 @@
 """How a conversation becomes a prompt, with a small tokenizer and a template like Qwen's."""
 
 import argparse
+import asyncio
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from common.errors import InvalidRequest, StartupError
 from common.model import DEFAULT_MODEL, add_options, resolve_model
-from common.openai_api import ChatCompletionRequest
+from common.openai_api import ChatCompletionRequest, ChatMessage
 from common.text.chat_model import ChatModel, longest_token
 
 import pytest
@@ -137,3 +139,20 @@ def test_no_limit_is_known_where_text_can_vanish(tokenizer: Tokenizer) -> None:
 
 def test_longest_token() -> None:
     assert longest_token(byte_level()) == len("<|im_start|>")
+
+
+def test_others_go_on_while_a_long_prompt_is_tokenized(model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizing lets go of Python's lock, or a thread for it would be of no use."""
+    monkeypatch.setattr(model, "context_length", 10**6)
+    messages = [ChatMessage(role="user", content="many words of all kinds, 0123456789 " * 20_000)]
+
+    async def longest_pause() -> tuple[float, float]:
+        began = last = time.perf_counter()
+        encoding, pause = asyncio.ensure_future(asyncio.to_thread(model.encode, messages)), 0.0
+        while not encoding.done():
+            await asyncio.sleep(0)
+            pause, last = max(pause, time.perf_counter() - last), time.perf_counter()
+        return pause, last - began
+
+    pause, took = asyncio.run(longest_pause())
+    assert pause < took / 2

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from common.coalescer import Coalescer
 from common.errors import (
     Cancelled,
     Internal,
@@ -28,7 +29,6 @@ from common.messages import (
 )
 from common.openai_api import ChatCompletionChunk, ChatCompletionRequest, Routing
 from common.remote import Remote
-from common.text.coalescer import Coalescer
 from processor import MIGRATIONS, Processor
 from tests.unit.stand_ins import Handler, LocalClient, identity
 
@@ -72,7 +72,7 @@ class Pipeline:
     engines: by instance, what each yields for its first request, its second, …; an exception is raised.
     """
 
-    def __init__(self, *engines: Script, context_length: int | None = None, coalesce_seconds: float = 0.0) -> None:
+    def __init__(self, *engines: Script, context_length: int | None = None, coalesce_ms: float = 0.0) -> None:
         self._context_length = context_length
         self._workers = range(1, len(engines) + 1)
         self.router = LocalClient({0: self._find_worker})
@@ -85,7 +85,7 @@ class Pipeline:
             identity(),
             router=Remote(FIND_WORKER, router),
             engines=Remote(GENERATE, engine),
-            coalescer=Coalescer(coalesce_seconds),
+            coalescer=Coalescer(coalesce_ms),
         )
 
     async def _find_worker(self, body: Any, context: Context) -> AsyncIterator[Any]:
@@ -191,12 +191,12 @@ class TestAnswer:
 
     def test_tokens_that_come_together_go_on_together(self) -> None:
         script = [output(A), output(B), output(C), output(A), output(END, finish_reason="stop")]
-        chunks = Pipeline(script, coalesce_seconds=60.0).ask()
+        chunks = Pipeline(script, coalesce_ms=60_000).ask()
         assert len(chunks) < len(script)
         assert (text(chunks), usage(chunks).completion_tokens) == ("abca", 5)
 
     def test_a_stop_string_in_the_midst_of_them_is_found(self) -> None:
-        chunks = Pipeline([output(A, B, C, A), output(A)], coalesce_seconds=60.0).ask(stop="c")
+        chunks = Pipeline([output(A, B, C, A), output(A)], coalesce_ms=60_000).ask(stop="c")
         assert (text(chunks), usage(chunks).completion_tokens) == ("ab", 3)
 
     def test_a_worker_that_is_like_others_of_dynamo_s_is_understood(self) -> None:

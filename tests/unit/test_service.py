@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from common import service as service_module
 from common.errors import Cancelled, Internal, InvalidRequest, PipelineError, StartupError, Unavailable
-from common.messages import EndpointSpec, Failure, Message
+from common.messages import EndpointSpec, Failure, Message, TokenMessage
 from common.service import Service, first_of, parser, request_id, run
 
 import pytest
@@ -78,11 +78,11 @@ Handler = Callable[[Question, Context], AsyncIterator[Reply]]
 class Scene:
     """A service with one endpoint, and callers."""
 
-    def __init__(self, handler: Handler, drain_seconds: float) -> None:
+    def __init__(self, handler: Any, drain_seconds: float, spec: EndpointSpec[Any, Any] = SPEC) -> None:
         self.runtime = FakeRuntime()
         self.endpoint = FakeEndpoint(self.runtime)
         self.service = Service(cast(Any, self.runtime), drain_seconds=drain_seconds)
-        self.service.add(cast(Any, self.endpoint), SPEC, handler)
+        self.service.add(cast(Any, self.endpoint), spec, handler)
 
     async def call(self, context: Context, body: Any = None) -> list[Any]:
         return [item async for item in self.endpoint.handler(body or {"text": "?"}, context)]
@@ -95,11 +95,17 @@ class Scene:
         return task
 
 
-def play(handler: Handler, scenario: Callable[[Scene], Awaitable[None]], *, drain_seconds: float = 30.0) -> None:
+def play(
+    handler: Any,
+    scenario: Callable[[Scene], Awaitable[None]],
+    *,
+    drain_seconds: float = 30.0,
+    spec: EndpointSpec[Any, Any] = SPEC,
+) -> None:
     """Play a scenario while the service is up. Ends when the service has left."""
 
     async def main() -> None:
-        scene = Scene(handler, drain_seconds)
+        scene = Scene(handler, drain_seconds, spec)
         async with scene.service:
             await scene.service.serve()
             await scenario(scene)
@@ -155,6 +161,56 @@ def answers(handler: Handler, body: Any = None) -> list[Any]:
 
 def failure_in(item: Any) -> PipelineError:
     return Failure.decode(item).exception
+
+
+class Sender:
+    """Dynamo's ResponseSender, to a caller that leaves after some messages."""
+
+    def __init__(self, leaves_after: int = 99) -> None:
+        self._leaves_after = leaves_after
+        self.sent: list[Any] = []
+
+    def send(self, message: Any) -> None:
+        if len(self.sent) == self._leaves_after:
+            raise RuntimeError("response stream is closed")
+        self.sent.append(message)
+
+
+class Word(TokenMessage):
+    text: str
+
+
+class TestTokenMessages:
+    """They are sent, instead of being asked for."""
+
+    def play(self, sender: Sender) -> bool:
+        """Send three words. Returns whether the handler was ended, however it ended."""
+        ended = False
+
+        async def words(request: Question, context: Context) -> AsyncIterator[Word]:
+            nonlocal ended
+            try:
+                for text in "abc":
+                    yield Word(text=text)
+                raise Unavailable("no more")
+            finally:
+                ended = True
+
+        async def scenario(scene: Scene) -> None:
+            handled = scene.endpoint.handler({"text": "?"}, Context(), response_sender=sender)
+            assert [item async for item in handled] == []
+
+        play(words, scenario, spec=EndpointSpec("thing", "words", Question, Word))
+        return ended
+
+    def test_all_of_them_and_the_error_that_ends_them(self) -> None:
+        sender = Sender()
+        assert self.play(sender)
+        assert sender.sent[:3] == [{"text": "a"}, {"text": "b"}, {"text": "c"}]
+        assert failure_in(sender.sent[3]).message == "no more"
+
+    def test_a_caller_that_left_ends_the_handler(self) -> None:
+        assert self.play(Sender(leaves_after=1))
 
 
 class TestHandlers:

@@ -1,12 +1,16 @@
-"""Tokens that come close together go on together: what costs on the way to a client is messages, not tokens."""
+"""Tokens that come close together go on together: what costs on the way to a client is messages, not tokens.
 
+SGLang's engine does so with its own, and the processor with those of engines that send each token alone.
+"""
+
+import argparse
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from common.messages import EngineOutput
 
-# For a message from processor to frontend: three times what it takes of both, so that most of their time is left.
+# For each message: three times what it takes of both sides, so that most of their time is left.
 MESSAGE_SECONDS = 0.0003
 
 
@@ -14,10 +18,17 @@ class Coalescer:
     """Gathers the tokens of each stream for a while: for longer, the more streams there are, so that there is time for
     a message of each."""
 
-    def __init__(self, seconds: float) -> None:
-        """seconds: how long at least; 0 gathers nothing."""
-        self._seconds = seconds
+    def __init__(self, milliseconds: float) -> None:
+        """milliseconds: how long at least; 0 gathers nothing."""
+        self._seconds = milliseconds / 1000
         self._streams = 0
+
+    @staticmethod
+    def add_option(options: argparse.ArgumentParser) -> None:
+        """Add the option that says for how long."""
+        options.add_argument(
+            "--coalesce-ms", type=float, default=20.0, help="tokens that come within so long go on together; 0: at once"
+        )
 
     async def coalesced(self, outputs: AsyncGenerator[EngineOutput]) -> AsyncGenerator[EngineOutput]:
         """Yield the first of `outputs` at once, and then from time to time what has come since. Nobody waits for the
@@ -48,8 +59,8 @@ class Coalescer:
                         gathered.extend(output)
                     else:
                         gathered = output
-                        timer = loop.call_at(due, ready.set)
-                    if output.finish_reason:
+                        timer = loop.call_at(due, ready.set) if loop.time() < due else None
+                    if output.finish_reason or not timer:
                         ready.set()
 
         reading = asyncio.create_task(read())
@@ -67,4 +78,4 @@ class Coalescer:
             if timer:
                 timer.cancel()
             reading.cancel()
-            await asyncio.wait([reading])
+            await asyncio.gather(reading, return_exceptions=True)

@@ -4,10 +4,9 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.pipeline import Pipeline
 from benchmarks.replay import Outcome
 from benchmarks.work import Work
 
@@ -54,8 +53,9 @@ class CpuShares:
 class CpuMeter:
     """Measures CPU shares from here on."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
+    def __init__(self, cpu_seconds: Callable[[], float]) -> None:
+        """cpu_seconds: what the pipeline has used so far."""
+        self._cpu_seconds = cpu_seconds
         self._start = self._now()
 
     def shares(self) -> CpuShares:
@@ -66,7 +66,7 @@ class CpuMeter:
     def _now(self) -> tuple[float, float, float, float]:
         times = psutil.cpu_times()
         idle = times.idle + getattr(times, "iowait", 0.0) + getattr(times, "guest", 0.0)
-        return time.perf_counter(), self._pipeline.cpu_seconds(), time.process_time(), sum(times) - idle
+        return time.perf_counter(), self._cpu_seconds(), time.process_time(), sum(times) - idle
 
 
 def summarize(

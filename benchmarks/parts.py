@@ -7,11 +7,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
-from benchmarks.pipeline import REPOSITORY, START_SECONDS
-from common.engines.die_with_parent import die_with
+from benchmarks.pipeline import START_SECONDS, family, seconds_of, spawn
 
 import psutil
 
@@ -37,17 +35,7 @@ class Parts:
                 self._end(name)
 
     def _start(self, name: str, command: list[str], environment: Mapping[str, str]) -> None:
-        with self._log(name).open("wb") as output:
-            self._running[name] = subprocess.Popen(
-                command,
-                cwd=REPOSITORY,
-                env={**os.environ, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # Ctrl-C reaches the benchmark alone, which then ends them
-                preexec_fn=partial(die_with, os.getpid()),
-            )
+        self._running[name] = spawn(command, self._log(name), {**os.environ, **environment}, signal.SIGKILL)
 
     def _end(self, name: str) -> None:
         if process := self._running.pop(name, None):
@@ -86,20 +74,6 @@ class Parts:
 
     def _log(self, name: str) -> Path:
         return self._folder / f"{name}.log"
-
-
-def family(pid: int) -> list[psutil.Process]:
-    """A process and those that it has started."""
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
-
-
-def seconds_of(process: psutil.Process) -> float:
-    """CPU time that a process has used so far; 0 once it has ended."""
-    with suppress(psutil.NoSuchProcess):
-        times = process.cpu_times()
-        return times.user + times.system
-    return 0.0
 
 
 def _memory(process: psutil.Process) -> int:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -45,12 +45,7 @@ class Pipeline:
 
     def cpu_seconds(self) -> float:
         """CPU time that all its processes have used so far."""
-        total = 0.0
-        for process in [self.process, *self.process.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                total += times.user + times.system
-        return total
+        return sum(map(seconds_of, family(self.process.pid)))
 
 
 @contextmanager
@@ -63,22 +58,43 @@ def running(setting: Setting, policy: str, model: Path, folder: Path) -> Iterato
     command += ["--mocker-blocks", str(setting.blocks), "--mocker-speedup", str(setting.engine_speedup)]
     # Servers that the user runs may have other engines in them.
     environment = {name: value for name, value in os.environ.items() if name not in ("NATS_SERVER", "ETCD_ENDPOINTS")}
+    launch = spawn(command, log, environment, signal.SIGINT)
+    try:
+        servers = _wait_until_up(launch, log)
+        yield Pipeline(f"http://127.0.0.1:{port}", servers, psutil.Process(launch.pid))
+    finally:
+        _end(launch)
+
+
+def spawn(
+    command: list[str], log: Path, environment: Mapping[str, str], last: signal.Signals
+) -> subprocess.Popen[bytes]:
+    """Start a program that writes to `log`. It gets the signal `last` should the benchmark die."""
     with log.open("wb") as output:
-        launch = subprocess.Popen(
+        return subprocess.Popen(
             command,
             cwd=REPOSITORY,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C reaches the benchmark alone, which then ends the pipeline
-            preexec_fn=partial(die_with, os.getpid(), signal.SIGINT),
+            start_new_session=True,  # Ctrl-C reaches the benchmark alone, which then ends what it has started
+            preexec_fn=partial(die_with, os.getpid(), last),
         )
-    try:
-        servers = _wait_until_up(launch, log)
-        yield Pipeline(f"http://127.0.0.1:{port}", servers, psutil.Process(launch.pid))
-    finally:
-        _end(launch)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and those that it has started."""
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def seconds_of(process: psutil.Process) -> float:
+    """CPU time that a process has used so far; 0 once it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        times = process.cpu_times()
+        return times.user + times.system
+    return 0.0
 
 
 def simulated_model(source: Path, folder: Path) -> Path:

@@ -97,7 +97,7 @@ class Benchmark:
     ) -> Run:
         async with Observer.running(pipeline.servers) as observer:
             idle_ttft = await self._idle_ttft(pipeline, workload.warm_up)
-            cpu = CpuMeter(pipeline)
+            cpu = CpuMeter(pipeline.cpu_seconds)
             before = await observer.work()
             began = time.perf_counter()
             outcomes = await replay(pipeline.address, workload.plan, progress)

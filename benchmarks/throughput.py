@@ -17,6 +17,7 @@ import argparse
 import http.client
 import itertools
 import json
+import os
 import resource
 import signal
 import statistics
@@ -33,9 +34,9 @@ from typing import NoReturn
 from benchmarks.comparison import BETWEEN, FIRST, OURS, RATES, THEIRS, Comparison, Point, Result, Turn
 from benchmarks.load import BODY, Load, Measured
 from benchmarks.measure import CpuMeter
-from benchmarks.parts import Parts, seconds_of
+from benchmarks.parts import Parts
 from benchmarks.picture import draw_pairs
-from benchmarks.pipeline import REPOSITORY, START_SECONDS, Pipeline, simulated_model
+from benchmarks.pipeline import REPOSITORY, START_SECONDS, family, seconds_of, simulated_model
 from benchmarks.prompts import Prompts
 from benchmarks.routing import count, factor, machine
 from benchmarks.trace import TraceRequest
@@ -45,6 +46,7 @@ from common.engines.ports import free_ports
 from common.messages import GENERATE
 from common.model import BLOCK_SIZE, resolve_model
 from common.text.chat_model import ChatModel
+from scripts.part import etcd_command
 
 import msgspec
 import psutil
@@ -157,7 +159,7 @@ class Benchmark:
                 client.stdin.write(msgspec.json.encode(load))
                 client.stdin.close()
                 client.stdout.readline()  # began
-                meter, before = CpuMeter(Pipeline("", {}, psutil.Process())), self._cpu(client.pid)
+                meter, before = CpuMeter(lambda: sum(map(seconds_of, family(os.getpid())))), self._cpu(client.pid)
                 client.stdout.readline()  # ended
                 others, after = meter.shares().others, self._cpu(client.pid)
                 measured = msgspec.json.decode(client.stdout.read(), type=Measured)
@@ -194,12 +196,8 @@ def dynamo(port: int) -> dict[str, list[str]]:
 
 def servers(data: Path, nats: int, client: int, peer: int) -> dict[str, list[str]]:
     """etcd and NATS on these ports, with their data in a folder."""
-    client_url, peer_url = f"http://127.0.0.1:{client}", f"http://127.0.0.1:{peer}"
-    etcd = [f"--data-dir={data}/etcd", "--unsafe-no-fsync", f"--initial-cluster=default={peer_url}"]
-    etcd += [f"--listen-client-urls={client_url}", f"--advertise-client-urls={client_url}"]
-    etcd += [f"--listen-peer-urls={peer_url}", f"--initial-advertise-peer-urls={peer_url}"]
     return {
-        "etcd": [str(BIN / "etcd"), *etcd],
+        "etcd": etcd_command(str(BIN / "etcd"), data, client, peer),
         "nats": [str(BIN / "nats-server"), "-js", "-a", "127.0.0.1", "-p", str(nats), "-sd", f"{data}/nats"],
     }
 

@@ -31,7 +31,7 @@ from common.engines.ports import free_ports
 from common.messages import FIND_WORKER, GENERATE, NAMESPACE
 from common.model import BLOCK_SIZE, DEFAULT_MODEL, served_name
 from common.openai_api import PROCESS
-from scripts.part import BOLD, CLEAR_LINE, REPOSITORY, TERMINAL, LaunchError, Part, paint, say
+from scripts.part import BOLD, CLEAR_LINE, REPOSITORY, TERMINAL, LaunchError, Part, etcd_command, paint, say
 
 NATS_PAYLOAD = "32MB"  # a prompt of a million tokens is about 7 MB of token ids
 REACH_SECONDS = 10  # for servers that are said to run already
@@ -145,14 +145,10 @@ class Launcher:
     async def _etcd(self) -> list[Part]:
         if await runs_already("etcd", "ETCD_ENDPOINTS"):
             return []
-        client, peer = (f"http://127.0.0.1:{self._server_port(port)}" for port in (2379, 2380))
-        options = [f"--listen-client-urls={client}", f"--advertise-client-urls={client}"]
-        options += [f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}"]
-        options += [f"--initial-cluster=default={peer}", f"--data-dir={self._data}/etcd"]
-        options += ["--unsafe-no-fsync"]  # nothing in it outlives this run
-        options += ["--heartbeat-interval=50", "--election-timeout=250"]  # alone, it waits for no other's vote
-        self._environment["ETCD_ENDPOINTS"] = client
-        return [self._part("etcd", [find("etcd"), *options], "ready to serve client requests")]
+        client, peer = self._server_port(2379), self._server_port(2380)
+        self._environment["ETCD_ENDPOINTS"] = f"http://127.0.0.1:{client}"
+        command = etcd_command(find("etcd"), self._data, client, peer)
+        return [self._part("etcd", command, "ready to serve client requests")]
 
     def _engines(self) -> list[list[Part]]:
         """In rows to start one after the other: those that share a GPU, of which each measures how much is free."""

@@ -28,6 +28,15 @@ class LaunchError(Exception):
     """The pipeline cannot start, with what to do about it."""
 
 
+def etcd_command(program: str, folder: Path, client_port: int, peer_port: int) -> list[str]:
+    """How to start an etcd that is alone, on two ports of this machine. Nothing in it outlives the run."""
+    client, peer = (f"http://127.0.0.1:{port}" for port in (client_port, peer_port))
+    command = [program, f"--data-dir={folder}/etcd", "--unsafe-no-fsync", f"--initial-cluster=default={peer}"]
+    command += [f"--listen-client-urls={client}", f"--advertise-client-urls={client}"]
+    command += [f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}"]
+    return [*command, "--heartbeat-interval=50", "--election-timeout=250"]  # it waits for no other's vote
+
+
 @dataclass
 class Part:
     """A process of the pipeline."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from common.engines.die_with_parent import die_with
 from common.engines.ports import free_ports
+from scripts.part import etcd_command
 
 import httpx
 import pytest
@@ -85,21 +86,10 @@ class Cluster:
         self.processes: list[Process] = []
         nats, client, peer, self.port = free_ports(4)
         self.env = {"NATS_SERVER": f"nats://127.0.0.1:{nats}", "ETCD_ENDPOINTS": f"http://127.0.0.1:{client}"}
-        client_url, peer_url = (f"http://127.0.0.1:{port}" for port in (client, peer))
         self.nats = self.run(
             "nats", str(BIN / "nats-server"), "-js", "-a", "127.0.0.1", "-p", str(nats), "-sd", str(folder / "nats")
         )
-        self.etcd = self.run(
-            "etcd",
-            str(BIN / "etcd"),
-            f"--data-dir={folder / 'etcd'}",
-            f"--listen-client-urls={client_url}",
-            f"--advertise-client-urls={client_url}",
-            f"--listen-peer-urls={peer_url}",
-            f"--initial-advertise-peer-urls={peer_url}",
-            f"--initial-cluster=default={peer_url}",
-            "--unsafe-no-fsync",
-        )
+        self.etcd = self.run("etcd", *etcd_command(str(BIN / "etcd"), folder, client, peer))
 
     def run(self, name: str, *command: str, env: dict[str, str] | None = None, cwd: Path = REPOSITORY) -> Process:
         process = Process([*command], self.folder / f"{name}.log", {**self.env, **(env or {})}, cwd)

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from common.messages import EngineOutput
 
 # For each message: three times what it takes of both sides, so that most of their time is left.
-MESSAGE_SECONDS = 0.0003
+MESSAGE_SECONDS = 0.0002
 
 
 class Coalescer:
@@ -27,7 +27,7 @@ class Coalescer:
     def add_option(options: argparse.ArgumentParser) -> None:
         """Add the option that says for how long."""
         options.add_argument(
-            "--coalesce-ms", type=float, default=20.0, help="tokens that come within so long go on together; 0: at once"
+            "--coalesce-ms", type=float, default=15.0, help="tokens that come within so long go on together; 0: at once"
         )
 
     async def coalesced(self, outputs: AsyncGenerator[EngineOutput]) -> AsyncGenerator[EngineOutput]:

@@ -1,11 +1,12 @@
 """Frontend: the pipeline's door, an OpenAI-compatible HTTP server.
 
-    POST /v1/chat/completions               streamed or not
+    POST /v1/chat/completions  /v1/completions      streamed or not
+    POST /tokenize  /detokenize
     GET  /v1/models  /v1/models/{id}  /workers  /health  /live  /docs
-    inference.frontend.chat_completions     the same for other Dynamo components, always streamed
+    inference.frontend.chat_completions             the first for other Dynamo components, always streamed
 
-It gives each request its id, passes it to a processor of the model that it names, and writes what comes back as
-server-sent events or as one JSON body. When the client hangs up, it stops the request, wherever that is by then.
+It checks each request, gives it its id, passes it to a processor of the model that it names, and writes what comes back
+as server-sent events or as one JSON body. When the client hangs up, it stops the request, wherever that is by then.
 
 It knows nothing about tokens or workers, and of models only who serves them.
 
@@ -15,15 +16,18 @@ processor and the router in the same process.
 
 import argparse
 import asyncio
+import logging
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
-from common.errors import Cancelled, Internal, PipelineError, Unavailable
+from common.errors import Cancelled, Internal, InvalidRequest, PipelineError, Unavailable
 from common.http.body import JsonRoute
+from common.http.event_stream import EventStream
 from common.http.exchange import Exchange, Exchanges, add_error_handlers
-from common.http.openapi import ANSWER, PARAMETERS, errors
+from common.http.forms import ChatForm, Form, TextForm
+from common.http.openapi import PARAMETERS, answer, describe_answers, errors
 from common.http.processors import Processors
 from common.http.server import listening
 from common.messages import (
@@ -36,15 +40,25 @@ from common.messages import (
 )
 from common.openai_api import (
     CHAT_COMPLETIONS,
+    COMPLETE,
     DESCRIBE_MODEL,
+    DETOKENIZE,
     PROCESS,
-    AssistantMessage,
+    TOKENIZE,
     ChatCompletion,
     ChatCompletionChunk,
-    ChatCompletionRequest,
-    Choice,
     ModelCard,
     ModelList,
+    Text,
+    TextCompletion,
+    Tokens,
+)
+from common.openai_request import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    TokenizeRequest,
 )
 from common.remote import Remote
 from common.service import Service, parser, run
@@ -54,12 +68,11 @@ from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
-from msgspec import UNSET
-from starlette.types import Message as ASGIMessage
-from starlette.types import Receive, Scope, Send
+
+log = logging.getLogger(__name__)
 
 ROUTER_SECONDS = 2.0  # for a router to say what it knows
-CLIENT_SECONDS = 60.0  # for a client to take what it is sent; what waits for it fills the processor's connection to us
+NOTED_FIELDS = 1000  # unknown fields that the log has named
 
 
 class WorkersReport(Message):
@@ -83,31 +96,50 @@ class Frontend:
         service: Service,
         *,
         processors: Processors,
+        complete: Remote[CompletionRequest, ChatCompletionChunk],
+        tokenize: Remote[TokenizeRequest, Tokens],
+        detokenize: Remote[DetokenizeRequest, Text],
         routers: Remote[WorkersRequest, RouterStatus],
         stages: Mapping[str, Remote[Any, Any]],
         stage: Remote[ChatCompletionRequest, ChatCompletionChunk] | None = None,
+        keepalive_seconds: float = 0.0,
+        strict_fields: bool = False,
     ) -> None:
         """stages: what must have an instance for this pipeline to be healthy; stage: one of your own that requests
-        pass through before the processors."""
+        pass through before the processors; keepalive_seconds: how long a client that waits hears nothing, 0 for ever;
+        strict_fields: refuse fields that nobody here knows."""
         self._service = service
         self._processors = processors
+        self._complete = complete
+        self._tokenize = tokenize
+        self._detokenize = detokenize
         self._routers = routers
         self._stages = stages
         self._stage = stage
+        self._keepalive_seconds = keepalive_seconds
+        self._strict_fields = strict_fields
+        self._noted_fields: set[str] = set()
 
     def app(self, cors_origins: Sequence[str] = ()) -> Exchanges:
         """The HTTP application."""
         app = FastAPI(title="Inference pipeline", description=__doc__)
         app.router.route_class = JsonRoute
         add_error_handlers(app)
-        app.add_api_route(
-            "/v1/chat/completions",
-            self.post_chat_completions,
-            methods=["POST"],
-            response_model=ChatCompletion,
-            responses={**ANSWER, **errors(400, 404, 413, 429, 500, 503)},
-            openapi_extra=PARAMETERS,
-        )
+        describe_answers(app)
+        for path, handler, body in (
+            ("/v1/chat/completions", self.post_chat_completions, ChatCompletion),
+            ("/v1/completions", self.post_completions, TextCompletion),
+        ):
+            app.add_api_route(
+                path,
+                handler,
+                methods=["POST"],
+                response_model=None,
+                responses={**answer(body), **errors(400, 404, 413, 429, 500, 503)},
+                openapi_extra=PARAMETERS,
+            )
+        app.add_api_route("/tokenize", self.post_tokenize, methods=["POST"], responses=errors(400, 404, 503))
+        app.add_api_route("/detokenize", self.post_detokenize, methods=["POST"], responses=errors(400, 404, 503))
         app.add_api_route("/v1/models", self.get_models)
         app.add_api_route("/v1/models/{model:path}", self.get_model, responses=errors(404, 503))
         app.add_api_route("/workers", self.get_workers, responses=errors(503))
@@ -119,7 +151,9 @@ class Frontend:
                 allow_origins=cors_origins,
                 allow_methods=["*"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "x-worker-id", "x-kv-overlap-blocks", "retry-after"],
+                expose_headers=[
+                    *("x-request-id", "x-worker-id", "x-kv-overlap-blocks", "x-ignored-fields", "retry-after")
+                ],
             )
         return Exchanges(app, self._service.in_progress)
 
@@ -130,39 +164,111 @@ class Frontend:
 
         Raises PipelineError, as `Processors.find` and `Remote.stream` do.
         """
+        remote = self._stage or self._processors.process
+        async with aclosing(self._answer(remote, completion_request, context)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _answer(
+        self, remote: Remote[Any, ChatCompletionChunk], completion_request: GenerationRequest, context: Context
+    ) -> AsyncGenerator[ChatCompletionChunk]:
         if self._service.stopping:
             raise Unavailable("this server is being stopped; try again in a moment")
         found = await self._processors.find(completion_request.model)
-        if self._stage:
-            stream = self._stage.stream(completion_request, context)
-        else:
-            stream = self._processors.process.stream(completion_request, context, list(found))
+        stream = remote.stream(completion_request, context, None if remote is self._stage else list(found))
+        answered = False
         try:
             async with aclosing(stream) as chunks:
                 async for chunk in chunks:
+                    answered = True
                     yield chunk
+            if not answered:
+                raise Internal("the processor answered nothing")
         except Cancelled as error:
             if self._service.stopping:
                 raise Unavailable("this server is being stopped and could not wait for the rest") from error
             raise
 
-    async def post_chat_completions(
+    async def post_chat_completions(self, request: Request, completion_request: ChatCompletionRequest) -> Response:
+        """Answer a conversation, as OpenAI's API does."""
+        chunks = self.chat_completions(completion_request, Exchange.of(request).context)
+        return await self._respond(request, completion_request, chunks, ChatForm())
+
+    async def post_completions(self, request: Request, completion_request: CompletionRequest) -> Response:
+        """Go on with a text, as OpenAI's older API does."""
+        chunks = self._answer(self._complete, completion_request, Exchange.of(request).context)
+        return await self._respond(request, completion_request, chunks, TextForm())
+
+    async def _respond(
         self,
         request: Request,
-        completion_request: ChatCompletionRequest,
+        completion_request: GenerationRequest,
+        chunks: AsyncGenerator[ChatCompletionChunk],
+        form: Form,
     ) -> Response:
-        """Answer a conversation, as OpenAI's API does."""
         exchange = Exchange.of(request)
-        chunks = self.chat_completions(completion_request, exchange.context)
+        exchange.ignored = self._ignored(completion_request)
+        exchange.answers = completion_request.answers
+        if completion_request.stream:
+            return await self._stream(request, completion_request, chunks, form)
+        async with exchange.stopped_on_disconnect(request):
+            answer = [exchange.noted(chunk) async for chunk in chunks]
+        exchange.check_finished()
+        body = msgspec.json.encode(form.whole(answer))
+        return Response(body, media_type="application/json", headers=exchange.answer_headers)
+
+    async def _stream(
+        self,
+        request: Request,
+        completion_request: GenerationRequest,
+        chunks: AsyncGenerator[ChatCompletionChunk],
+        form: Form,
+    ) -> Response:
+        """The answer as events, once it is clear who answers, or after some time even so."""
+        exchange = Exchange.of(request)
+        first = asyncio.ensure_future(anext(chunks))
         try:
             async with exchange.stopped_on_disconnect(request):
-                exchange.note(first := await anext(chunks))
-                if not completion_request.stream:
-                    completion = await collect(first, chunks, exchange)
-                    return JSONResponse(completion.model_dump(), headers=exchange.routing_headers)
-        except StopAsyncIteration:
-            raise Internal("the processor answered nothing") from None
-        return EventStream(first, chunks, exchange, include_usage=completion_request.include_usage)
+                await asyncio.wait([first], timeout=self._keepalive_seconds or None)
+            if first.done():
+                exchange.noted(first.result())  # an error now has a status
+        except asyncio.CancelledError:
+            first.cancel()
+            raise
+        return EventStream(
+            first,
+            chunks,
+            exchange,
+            form,
+            include_usage=completion_request.include_usage,
+            keepalive_seconds=self._keepalive_seconds,
+        )
+
+    def _ignored(self, completion_request: GenerationRequest) -> list[str]:
+        """The fields that nobody here knows, which the log names once. Raises InvalidRequest if none may be sent."""
+        ignored = completion_request.ignored
+        if ignored and self._strict_fields:
+            raise InvalidRequest(f"unknown field {ignored[0]!r}", param=ignored[0])
+        for name in ignored:
+            if name not in self._noted_fields and len(self._noted_fields) < NOTED_FIELDS:
+                self._noted_fields.add(name)
+                log.info("a request has the field %r, which nobody here knows; it is ignored", name[:100])
+        return ignored
+
+    async def post_tokenize(self, tokenize_request: TokenizeRequest) -> Tokens:
+        """The tokens of a text or a conversation."""
+        return await self._tokenize.call(tokenize_request, await self._instance(tokenize_request.model))
+
+    async def post_detokenize(self, detokenize_request: DetokenizeRequest) -> Text:
+        """The text of tokens."""
+        return await self._detokenize.call(detokenize_request, await self._instance(detokenize_request.model))
+
+    async def _instance(self, model: str | None) -> int:
+        """A processor of a model, which need not be named where there is one only."""
+        names = [model] if model else [card.id for card in await self._processors.models()]
+        if len(names) > 1:
+            raise InvalidRequest(f"name the model: this pipeline serves {', '.join(names)}", param="model")
+        return next(iter(await self._processors.find(names[0] if names else "")))
 
     async def get_models(self) -> ModelList:
         """The models of all processors."""
@@ -201,92 +307,14 @@ class Frontend:
         return {"status": "live"}
 
 
-class EventStream(Response):
-    """The answer as server-sent events. Once the first one is out, an error can only be one of them."""
-
-    def __init__(
-        self,
-        first: ChatCompletionChunk,
-        rest: AsyncIterator[ChatCompletionChunk],
-        exchange: Exchange,
-        *,
-        include_usage: bool,
-    ) -> None:
-        headers = {"content-type": "text/event-stream", "cache-control": "no-cache", **exchange.routing_headers}
-        super().__init__(headers=headers)
-        del self.headers["content-length"]
-        self._first = first
-        self._rest = rest
-        self._exchange = exchange
-        self._include_usage = include_usage
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        self._first.routing = UNSET  # which the headers have said
-        async with self._exchange.stopped_on_disconnect(Request(scope, receive)):
-            try:
-                await self._write_events()
-                await self._write(body(b"", more=False))
-            except TimeoutError:
-                self._exchange.error = Cancelled(f"the client took nothing for {CLIENT_SECONDS:g} s")
-
-    async def _write_events(self) -> None:
-        try:
-            await self._write(event(self._first))
-            async for chunk in self._rest:
-                self._exchange.note(chunk)
-                if chunk.choices or self._include_usage:
-                    await self._write(event(chunk))
-            self._exchange.check_finished()
-            await self._write(body(b"data: [DONE]\n\n"))
-        except PipelineError as error:
-            self._exchange.error = error
-            await self._write(event(error.body))
-
-    async def _write(self, part: ASGIMessage) -> None:
-        """Send a part past the layers of the application, of which each would cost time per event.
-
-        Raises TimeoutError if the client does not take it.
-        """
-        async with asyncio.timeout(CLIENT_SECONDS):
-            await self._exchange.send(part)
-
-
-async def collect(
-    first: ChatCompletionChunk, rest: AsyncIterator[ChatCompletionChunk], exchange: Exchange
-) -> ChatCompletion:
-    """The answer as one body. Raises PipelineError, as the chunks do."""
-    chunks = [first]
-    async for chunk in rest:
-        exchange.note(chunk)
-        chunks.append(chunk)
-    exchange.check_finished()
-    choices = [choice for chunk in chunks for choice in chunk.choices]
-    message = AssistantMessage(content="".join(choice.delta.content or "" for choice in choices))
-    return ChatCompletion(
-        id=first.id,
-        created=first.created,
-        model=first.model,
-        choices=[Choice(message=message, finish_reason=exchange.finish_reason)],
-        usage=exchange.usage,
-    )
-
-
-def event(data: object) -> ASGIMessage:
-    """A server-sent event, as a part of a response's body."""
-    return body(b"data: " + msgspec.json.encode(data) + b"\n\n")
-
-
-def body(part: bytes, *, more: bool = True) -> ASGIMessage:
-    """A part of a response's body, with more to follow or not."""
-    return {"type": "http.response.body", "body": part, "more_body": more}
-
-
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     endpoint = runtime.endpoint(CHAT_COMPLETIONS.path)
     process = Remote(PROCESS, await runtime.endpoint(PROCESS.path).client())
     describe = Remote(DESCRIBE_MODEL, await runtime.endpoint(DESCRIBE_MODEL.path).client())
+    complete = Remote(COMPLETE, await runtime.endpoint(COMPLETE.path).client())
+    tokenize = Remote(TOKENIZE, await runtime.endpoint(TOKENIZE.path).client())
+    detokenize = Remote(DETOKENIZE, await runtime.endpoint(DETOKENIZE.path).client())
     workers = Remote(WORKERS, await runtime.endpoint(WORKERS.path).client())
     router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
     engine = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())
@@ -296,8 +324,18 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
         client = await runtime.endpoint(args.processor).client()
         stage = stages[args.processor] = Remote(PROCESS.at(args.processor), client)
     service = Service(runtime, drain_seconds=args.drain_seconds)
-    processors = Processors(process, describe)
-    frontend = Frontend(service, processors=processors, routers=workers, stages=stages, stage=stage)
+    frontend = Frontend(
+        service,
+        processors=Processors(process, describe),
+        complete=complete,
+        tokenize=tokenize,
+        detokenize=detokenize,
+        routers=workers,
+        stages=stages,
+        stage=stage,
+        keepalive_seconds=args.keepalive_seconds,
+        strict_fields=args.strict_fields,
+    )
     app = frontend.app(args.cors_origin)
     # Around the service: while that waits for the requests in progress, they still have their connections.
     async with listening(app, args.host, args.port, reuse_port=args.reuse_port), service:
@@ -319,6 +357,10 @@ def arguments() -> argparse.ArgumentParser:
     options.add_argument(
         "--cors-origin", action="append", default=[], help="origin whose pages may call this server; * for all"
     )
+    options.add_argument(
+        "--keepalive-seconds", type=float, default=15.0, help="a client that waits hears of it so often; 0: never"
+    )
+    options.add_argument("--strict-fields", action="store_true", help="refuse fields that nobody here knows")
     return options
 
 

@@ -1,11 +1,14 @@
 """Processor: turns conversations into tokens, and tokens into answers.
 
-    inference.processor.process     chat completion request -> chat completion chunks
-    inference.processor.describe    which model this is
+    inference.processor.process       chat completion request -> chat completion chunks
+    inference.processor.complete      text completion request -> the same
+    inference.processor.tokenize      text or conversation -> token ids
+    inference.processor.detokenize    token ids -> text
+    inference.processor.describe      which model this is
 
 For each request it renders the model's chat template, tokenizes, asks the router for a worker, streams tokens from that
 worker, and turns them back into text up to a stop string. If the worker dies on the way, another one continues from the
-last token.
+last token. Several answers to one prompt are several streams, on one worker.
 
 It knows nothing about HTTP, and of the workers only what the router tells it. It serves one model; for several, run
 several.
@@ -20,8 +23,9 @@ import hashlib
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from typing import Any, TypeVar
 
 from common.coalescer import Coalescer
 from common.errors import Cancelled, Internal, InvalidRequest, NotFound, Unavailable
@@ -33,72 +37,50 @@ from common.messages import (
     FindWorkerRequest,
     GenerateRequest,
     ModelIdentity,
-    PromptTokensDetails,
+    OutputOptions,
     RoutingDecision,
     StopConditions,
-    Usage,
 )
 from common.model import add_options, identify, resolve_model
 from common.openai_api import (
+    COMPLETE,
     DESCRIBE_MODEL,
+    DETOKENIZE,
     PROCESS,
+    TOKENIZE,
     ChatCompletionChunk,
-    ChatCompletionRequest,
-    ChunkChoice,
-    Delta,
     ModelCard,
-    Routing,
+    Text,
+    Tokens,
+)
+from common.openai_request import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    TokenizeRequest,
 )
 from common.remote import Remote
 from common.service import Service, parser, request_id, run
+from common.text.answer import Answer, Completion
 from common.text.chat_model import ChatModel
-from common.text.detokenizer import Detokenizer
-from common.text.stop_strings import StopStrings
+from common.text.generation import Generation, best, check_ids, generations_of, usage_of
+from common.text.merged import merged
+from common.text.reasoning import Reasoning
+from common.text.schemas import check_constraint
+from common.text.tool_calls import constraint_of, tool_calls_of
 
 from dynamo.llm import compute_block_hash_for_seq
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 MIGRATIONS = 3  # times that a request may move to another worker
 ROUTER_SECONDS = 5.0  # to wait for a router that is restarting
-THREAD_CHARACTERS = 4096  # a conversation from this length on is encoded beside the event loop
+THREAD_CHARACTERS = 4096  # a text from this length on is encoded beside the event loop
 MAX_SESSION = 128  # characters of a session's name that routers keep; a longer one is hashed
-
-
-class Generation:
-    """The tokens of one request: its prompt, the answer so far, and the workers that failed it."""
-
-    def __init__(self, request: ChatCompletionRequest, prompt: list[int]) -> None:
-        self.request = request
-        self.tokens = list(prompt)
-        self.prompt_tokens = len(prompt)
-        self.decision: RoutingDecision | None = None  # who answers now
-        self.failed: list[int] = []
-        self.finished = False
-
-    @property
-    def generated(self) -> int:
-        """Tokens of the answer so far."""
-        return len(self.tokens) - self.prompt_tokens
-
-    def add(self, output: EngineOutput) -> None:
-        """Take in what a worker says."""
-        self.tokens += output.token_ids
-        self.finished = output.finish_reason is not None
-
-    def limit(self, context_length: int) -> int:
-        """How many tokens the answer may have. Raises InvalidRequest if the context does not hold them."""
-        wanted = self.request.token_limit or 1
-        if self.prompt_tokens + wanted > context_length:
-            raise InvalidRequest(
-                f"This model's maximum context length is {context_length} tokens. However, you requested "
-                f"{self.prompt_tokens + wanted} tokens ({self.prompt_tokens} in the messages, {wanted} in the "
-                "completion). Please reduce the length of either.",
-                code="context_length_exceeded",
-                param="messages",
-            )
-        return self.request.token_limit or context_length - self.prompt_tokens
 
 
 class Processor:
@@ -119,48 +101,143 @@ class Processor:
         self._engines = engines
         self._coalescer = coalescer
         self._created = int(time.time())
+        self._fingerprint = f"fp_{identity.tokenizer or identity.name}"[:24]
 
     async def describe(self, request: DescribeRequest, context: Context) -> AsyncIterator[ModelCard]:
         """Yield the card of the model."""
         yield ModelCard(id=self._model.name, created=self._created, context_length=self._model.context_length)
 
     async def process(self, request: ChatCompletionRequest, context: Context) -> AsyncIterator[ChatCompletionChunk]:
-        """Yield the answer to a chat completion request, chunk by chunk; a last chunk has the usage.
+        """Yield the answers to a chat completion request, chunk by chunk; a last chunk has the usage.
 
         Raises NotFound for another model, InvalidRequest for what does not fit into it, Unavailable if no router or
         worker is left, Internal if a worker breaks the protocol.
         """
+        self._check_model(request)
+        parsers = self._model.parsers
+        constraint = check_constraint(constraint_of(request, parsers.tool_calls))
+        text, prompt = await _aside(request.characters, self._prompt, request)
+        completion = Completion(f"chatcmpl-{context.id()}", self._model.name, self._fingerprint)
+        generations = generations_of(request, [prompt], request.n or 1, constraint)
+        answers = [
+            Answer(
+                self._model,
+                request,
+                completion,
+                index=index,
+                reasoning=Reasoning(parsers.reasoning, text) if parsers.reasoning and not constraint else None,
+                tool_calls=tool_calls_of(request, parsers.tool_calls),
+                old_calls=bool(request.functions),
+            )
+            for index in range(len(generations))
+        ]
+        async with aclosing(self._answers(generations, answers, completion, context)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def complete(self, request: CompletionRequest, context: Context) -> AsyncIterator[ChatCompletionChunk]:
+        """Yield the answers to a text completion request, as `process` does: for each prompt those to it, in order."""
+        self._check_model(request)
+        constraint = check_constraint(request.constraint)
+        prompts = [await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+        for prompt in prompts:
+            check_ids(prompt, self._model.tokenizer.get_vocab_size())
+        completion = Completion(f"cmpl-{context.id()}", self._model.name, self._fingerprint)
+        generations = generations_of(request, prompts, request.best_of or request.n or 1, constraint)
+        begins = [self._begin(request, generation) for generation in generations]
+        answers = [
+            Answer(self._model, request, completion, index=index, begin=begin) for index, begin in enumerate(begins)
+        ]
+        stream = self._answers(generations, answers, completion, context)
+        if request.best_of and request.best_of > (request.n or 1):
+            stream = best(stream, answers, request.best_of, request.n or 1)
+        async with aclosing(stream) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def tokenize(self, request: TokenizeRequest, context: Context) -> AsyncIterator[Tokens]:
+        """Yield the tokens of a text or a conversation."""
+        if request.messages:
+            tools, variables = request.tools or (), request.chat_template_kwargs
+            text = self._model.render(request.messages, tools, variables, answer=request.add_generation_prompt)
+            tokens = self._model.encode(text)
+        else:
+            tokens = await self._encode(request.prompt or "", special=request.add_special_tokens)
+        strings = [self._model.texts.text_of(token) for token in tokens] if request.return_token_strs else None
+        yield Tokens(count=len(tokens), max_model_len=self._model.context_length, tokens=tokens, token_strs=strings)
+
+    async def detokenize(self, request: DetokenizeRequest, context: Context) -> AsyncIterator[Text]:
+        """Yield the text of tokens."""
+        yield Text(prompt=self._model.tokenizer.decode(request.tokens, skip_special_tokens=False))
+
+    def _check_model(self, request: GenerationRequest) -> None:
         if request.model != self._model.name:
             raise NotFound(
                 f"the model {request.model!r} does not exist; this processor serves {self._model.name!r}",
                 code="model_not_found",
                 param="model",
             )
-        prompt = await self._encode(request)
-        generation = Generation(request, prompt)
-        answer = Answer(self._model, request, context.id(), len(prompt))
+
+    def _prompt(self, request: ChatCompletionRequest) -> tuple[str, list[int]]:
+        """The conversation as the model reads it, as text and as token ids."""
+        text = self._model.render(
+            request.messages,
+            request.template_tools,
+            request.template_variables,
+            answer=request.add_generation_prompt is not False,
+            go_on=request.continue_final_message,
+        )
+        return text, self._model.encode(text)
+
+    async def _encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The token ids of a text that no template has written."""
+        return await _aside(len(text), self._model.encode, text, add_special_tokens=special, param="prompt")
+
+    def _begin(self, request: CompletionRequest, generation: Generation) -> str:
+        """The prompt, if the answer is to begin with it."""
+        return self._model.tokenizer.decode(generation.tokens) if request.echo else ""
+
+    async def _answers(
+        self, generations: Sequence[Generation], answers: Sequence[Answer], completion: Completion, context: Context
+    ) -> AsyncGenerator[ChatCompletionChunk]:
+        """Yield the chunks of all answers as they come, then the usage."""
+        streams = [self._answer(*pair, context) for pair in zip(generations, answers, strict=True)]
+        async with aclosing(merged(streams)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        chunk = completion.chunk([])
+        chunk.usage = usage_of(generations, answers).encode()
+        yield chunk
+        reasons = ",".join(sorted({str(answer.finish_reason) for answer in answers}))
+        counts = f"prompt_tokens={chunk.usage['prompt_tokens']} completion_tokens={chunk.usage['completion_tokens']}"
+        migrations = sum(len(generation.failed) for generation in generations)
+        log.info("request_id=%s finish_reason=%s %s migrations=%d", request_id(context), reasons, counts, migrations)
+
+    async def _answer(
+        self, generation: Generation, answer: Answer, context: Context
+    ) -> AsyncGenerator[ChatCompletionChunk]:
+        """Yield the chunks of one answer."""
         async with aclosing(self._coalescer.coalesced(self._generate(generation, context))) as outputs:
             async for output in outputs:
                 if chunk := answer.add(output, generation.decision):
                     yield chunk
                 if answer.finish_reason:
-                    break
-        yield answer.usage()
-        counts = f"prompt_tokens={len(prompt)} completion_tokens={answer.tokens} migrations={len(generation.failed)}"
-        log.info("request_id=%s finish_reason=%s %s", request_id(context), answer.finish_reason, counts)
-
-    async def _encode(self, request: ChatCompletionRequest) -> list[int]:
-        """The prompt's token ids. A short one is encoded before a thread would have begun."""
-        if sum(len(message.text) for message in request.messages) < THREAD_CHARACTERS:
-            return self._model.encode(request.messages)
-        return await asyncio.to_thread(self._model.encode, request.messages)
+                    return
 
     async def _generate(self, generation: Generation, context: Context) -> AsyncGenerator[EngineOutput]:
         """Yield what a worker generates; if it fails, what another one generates from there on."""
+        if generation.request.token_limit == 0:
+            generation.decided.set()
+            yield EngineOutput(finish_reason="length")
+            return
+        if generation.beside:
+            await generation.beside.decided.wait()
         while not generation.finished:
             wanted = self._find_worker(generation, context)
             async with self._router.open(wanted, context, retry_seconds=ROUTER_SECONDS) as decision:
+                generation.check(decision)
                 generation.decision = decision
+                generation.decided.set()
                 async with aclosing(self._attempt(generation, decision, context)) as outputs:
                     async for output in outputs:
                         yield output
@@ -208,6 +285,7 @@ class Processor:
             session=_session(metadata.get("x-session-id") or request.prompt_cache_key or request.user),
             priority=_priority(metadata.get("x-priority") or "0"),
             excluded=generation.failed,
+            beside=_instance_of(generation.beside),
         )
 
     def _generate_request(self, generation: Generation, max_tokens: int) -> GenerateRequest:
@@ -215,81 +293,38 @@ class Processor:
         return GenerateRequest(
             token_ids=generation.tokens,
             model=self._model.name,
-            stop_conditions=StopConditions(max_tokens=max_tokens, ignore_eos=request.ignore_eos),
+            stop_conditions=StopConditions(
+                max_tokens=max_tokens,
+                min_tokens=max(0, (request.min_tokens or 0) - generation.generated) or None,
+                stop_token_ids=request.stop_token_ids,
+                ignore_eos=request.ignore_eos,
+            ),
             sampling_options=self._model.sampling(
                 temperature=request.temperature,
-                top_p=request.top_p,
+                top_p=request.top_p or None,
                 top_k=request.top_k or None,
                 min_p=request.min_p,
-                seed=request.seed,
+                seed=generation.seed,
                 presence_penalty=request.presence_penalty,
                 frequency_penalty=request.frequency_penalty,
+                repetition_penalty=request.repetition_penalty,
+                logit_bias=request.logit_bias,
+                guided_decoding=generation.constraint,
             ),
+            output_options=OutputOptions(logprobs=generation.logprobs),
             eos_token_ids=self._model.eos_token_ids,
         )
 
 
-class Answer:
-    """One answer on its way from tokens to chunks."""
+async def _aside(characters: int, work: Callable[..., Result], *args: Any, **options: Any) -> Result:
+    """Do work on a text: a long one beside the event loop, a short one before a thread would have begun."""
+    if characters < THREAD_CHARACTERS:
+        return work(*args, **options)
+    return await asyncio.to_thread(work, *args, **options)
 
-    def __init__(self, model: ChatModel, request: ChatCompletionRequest, request_id: str, prompt_tokens: int) -> None:
-        self._model = model
-        self._ends = frozenset() if request.ignore_eos else frozenset(model.eos_token_ids)
-        self._detokenizer = Detokenizer(model.tokenizer)
-        self._stops = StopStrings(request.stop_strings)
-        self._id = f"chatcmpl-{request_id}"
-        self._created = int(time.time())
-        self._prompt_tokens = prompt_tokens
-        self._prompt_details: PromptTokensDetails | None = None  # some workers say nothing of it
-        self._begun = False
-        self.tokens = 0
-        self.finish_reason: str | None = None
 
-    def add(self, output: EngineOutput, decision: RoutingDecision | None) -> ChatCompletionChunk | None:
-        """The chunk for an engine's output; None if no character is complete yet. Sets `finish_reason` at the end.
-
-        decision: who answers, which the first chunk says.
-        """
-        if not self._begun and output.completion_usage:
-            self._prompt_details = Usage.received(output.completion_usage).prompt_tokens_details
-        # With stop strings one by one, to know which token completed it: those after it do not count.
-        pieces = [[token_id] for token_id in output.token_ids] if self._stops.strings else [output.token_ids]
-        text = "".join(map(self._add_tokens, pieces))
-        if self._stops.found:
-            self.finish_reason = "stop"
-        elif output.finish_reason:
-            self.finish_reason = str(output.finish_reason)
-            text += self._stops.add(self._detokenizer.flush())
-            text += self._stops.flush()
-        if not (text or self.finish_reason) and self._begun:
-            return None
-        delta = Delta(content=text) if self._begun else Delta(role="assistant", content=text)
-        chunk = self._chunk([ChunkChoice(delta=delta, finish_reason=self.finish_reason)])
-        if not self._begun and decision:
-            chunk.routing = Routing(worker_id=decision.worker_id, overlap_blocks=decision.overlap_blocks)
-        self._begun = True
-        return chunk
-
-    def usage(self) -> ChatCompletionChunk:
-        """The chunk that follows the answer."""
-        usage = Usage(
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=self.tokens,
-            total_tokens=self._prompt_tokens + self.tokens,
-            prompt_tokens_details=self._prompt_details,
-        )
-        chunk = self._chunk([])
-        chunk.usage = usage.encode()
-        return chunk
-
-    def _add_tokens(self, token_ids: Sequence[int]) -> str:
-        if self._stops.found:  # the engine was faster than we
-            return ""
-        self.tokens += len(token_ids)
-        return self._stops.add(self._detokenizer.add([token for token in token_ids if token not in self._ends]))
-
-    def _chunk(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
-        return ChatCompletionChunk(id=self._id, created=self._created, model=self._model.name, choices=choices)
+def _instance_of(generation: Generation | None) -> int | None:
+    return generation.decision.instance_id if generation and generation.decision else None
 
 
 def _finish_reason(reason: str | dict[str, object]) -> str:
@@ -330,17 +365,25 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     resolved = resolve_model(args.model)
     identity = identify(resolved, name=args.model_name, block_size=args.block_size)
     describe, process = runtime.endpoint(DESCRIBE_MODEL.path), runtime.endpoint(PROCESS.path)
+    complete = runtime.endpoint(COMPLETE.path)
+    tokenize, detokenize = runtime.endpoint(TOKENIZE.path), runtime.endpoint(DETOKENIZE.path)
     router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
     engines = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())
-    processor = Processor(
-        ChatModel(resolved, identity.name),
-        identity,
-        router=router,
-        engines=engines,
-        coalescer=Coalescer(args.coalesce_ms),
+    model = ChatModel(
+        resolved,
+        identity.name,
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
+        allow_special_tokens=args.allow_special_tokens,
     )
+    coalescer = Coalescer(args.coalesce_ms)
+    processor = Processor(model, identity, router=router, engines=engines, coalescer=coalescer)
+    log.info("parsers: tool_calls=%s reasoning=%s", *model.parsers)
     async with Service(runtime, drain_seconds=args.drain_seconds) as service:
         service.add(describe, DESCRIBE_MODEL, processor.describe)
+        service.add(tokenize, TOKENIZE, processor.tokenize)
+        service.add(detokenize, DETOKENIZE, processor.detokenize)
+        service.add(complete, COMPLETE, processor.complete)
         service.add(process, PROCESS, processor.process)
         await service.serve()
         await service.wait_for(router, engines)
@@ -352,6 +395,15 @@ def arguments() -> argparse.ArgumentParser:
     options = parser(__doc__)
     add_options(options)
     Coalescer.add_option(options)
+    options.add_argument(
+        "--tool-call-parser", default="auto", help="SGLang's for this model; auto: by its chat template; or none"
+    )
+    options.add_argument(
+        "--reasoning-parser", default="auto", help="SGLang's for this model; auto: by its chat template; or none"
+    )
+    options.add_argument(
+        "--allow-special-tokens", action="store_true", help="let clients write special tokens into their messages"
+    )
     return options
 
 

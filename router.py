@@ -114,6 +114,7 @@ def decision(best: Candidate, reasons: Sequence[Candidate] = ()) -> RoutingDecis
         overlap_blocks=best.overlap_blocks,
         cost=best.cost,
         context_length=best.worker.info.context_length if best.worker.info else None,
+        simulated=best.worker.info is not None and best.worker.info.simulated,
         reasons=[
             WorkerCost(
                 worker_id=candidate.worker.name,

@@ -4,7 +4,7 @@ import random
 from functools import lru_cache
 
 from benchmarks.trace import TraceRequest
-from common.openai_api import ChatMessage
+from common.openai_request import ChatMessage
 from common.text.chat_model import ChatModel
 
 import msgspec
@@ -55,7 +55,7 @@ class Prompts:
         return added.pop()
 
     def _encoded_length(self, text: str) -> int:
-        return len(self._model.encode([ChatMessage(role="user", content=text)]))
+        return len(self._model.encode(self._model.render([ChatMessage(role="user", content=text)])))
 
     @lru_cache(maxsize=4096)  # noqa: B019  there is one of these in a process
     def _piece(self, hash_id: int, tokens: int) -> list[str]:

@@ -1,4 +1,5 @@
-"""Every message that crosses a process, and every endpoint that takes one; the OpenAI API is in openai_api.py.
+"""Every message that crosses a process, and every endpoint that takes one; the OpenAI API is in openai_request.py
+and openai_api.py.
 
 On Dynamo's request plane a message travels as a dictionary of the fields that were given; on ZMQ as MessagePack.
 Fields that a message does not name are ignored when it is read, so either side can be upgraded first.
@@ -67,6 +68,7 @@ class Wire(Protocol):
 
 Request = TypeVar("Request", bound=Wire)
 Answer = TypeVar("Answer", bound=Wire)
+Item = TypeVar("Item")
 
 
 @dataclass(slots=True, frozen=True)
@@ -154,6 +156,7 @@ class FindWorkerRequest(Message):
     session: str | None = None  # requests of one session have much in common
     priority: int = 0  # higher is more urgent
     excluded: list[InstanceId] = Field(default_factory=list)  # instances that already failed this request
+    beside: InstanceId | None = None  # one that has this prompt already: the worker of another answer to it
     explain: bool = False  # answer with the cost of every worker
 
 
@@ -176,6 +179,7 @@ class RoutingDecision(Message):
     overlap_blocks: int  # leading blocks of the prompt that this worker has in its KV cache
     cost: float  # in blocks; 0 if the policy names none
     context_length: int | None = None  # tokens of prompt and answer together; None if the worker did not say
+    simulated: bool = False
     reasons: list[WorkerCost] = Field(default_factory=list)  # for each candidate, if asked to explain
 
 
@@ -238,6 +242,7 @@ class WorkerInfo(Message):
     model: ModelIdentity
     total_blocks: int  # KV blocks that fit
     context_length: int  # tokens of prompt and answer together
+    simulated: bool = False  # its tokens are made up, so they have no likelihood and obey no grammar
     kv_events: str  # ZMQ address of its KV events
     kv_replay: str  # ZMQ address that sends past KV events again
     load: str  # ZMQ address of its load
@@ -295,6 +300,15 @@ class SamplingOptions(Message):
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None  # by token id; not known to Dynamo
+    guided_decoding: dict[str, Any] | None = None  # one of json, regex, choice, grammar and structural_tag
+
+
+class OutputOptions(Message):
+    """What to report besides the tokens."""
+
+    logprobs: int | None = None  # how many of the likeliest tokens beside each; None: no logprobs at all
 
 
 class GenerateRequest(Message):
@@ -304,7 +318,7 @@ class GenerateRequest(Message):
     model: str
     stop_conditions: StopConditions
     sampling_options: SamplingOptions
-    output_options: dict[str, Any] = Field(default_factory=dict)  # pydantic would copy a {} with every request
+    output_options: OutputOptions = OutputOptions()
     eos_token_ids: list[int] = Field(default_factory=list)
     annotations: list[str] = Field(default_factory=list)
 
@@ -319,6 +333,12 @@ class PromptTokensDetails(Message):
     cached_tokens: int | None = None
 
 
+class CompletionTokensDetails(Message):
+    """What is known of the answer's tokens."""
+
+    reasoning_tokens: int | None = None
+
+
 class Usage(Message):
     """Token counts, in the shape that OpenAI and Dynamo share."""
 
@@ -326,6 +346,7 @@ class Usage(Message):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = None
 
     @classmethod
     def received(cls, body: Any) -> Self:
@@ -340,12 +361,16 @@ class EngineOutput(TokenMessage, kw_only=True, omit_defaults=True):
     """The next tokens of an answer (Dynamo's `LLMEngineOutput`)."""
 
     token_ids: list[int] = []  # the new ones only
+    log_probs: list[float] | None = None  # of each token, its natural logarithm
+    top_logprobs: list[list[dict[str, Any]]] | None = None  # of each token, the likeliest: {token_id, logprob, …}
     finish_reason: str | dict[str, Any] | None = None  # on the last item
     completion_usage: dict[str, Any] | None = None  # a Usage, on the first and the last item
 
     def extend(self, later: "EngineOutput") -> None:
         """Take in the output that follows this one."""
         self.token_ids += later.token_ids
+        self.log_probs = _joined(self.log_probs, later.log_probs)
+        self.top_logprobs = _joined(self.top_logprobs, later.top_logprobs)
         self.finish_reason = later.finish_reason
         self.completion_usage = later.completion_usage or self.completion_usage
 
@@ -360,6 +385,10 @@ class EngineOutput(TokenMessage, kw_only=True, omit_defaults=True):
         if not output.token_ids and not output.finish_reason and (unknown := body.keys() - _LLM_ENGINE_OUTPUT):
             raise InvalidRequest(f"invalid EngineOutput: there are no fields {', '.join(sorted(unknown))}")
         return output
+
+
+def _joined(first: list[Item] | None, second: list[Item] | None) -> list[Item] | None:
+    return [*(first or ()), *second] if second else first
 
 
 # The fields of Dynamo's LLMEngineOutput, version 1.6.1.

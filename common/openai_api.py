@@ -1,230 +1,34 @@
-"""OpenAI's chat completions API: what a client may send, and what it gets.
+"""OpenAI's API, the half that clients get; what they send is in openai_request.py.
 
-The request is checked here, in one place, by pydantic; its field names and limits are those of OpenAI's API reference
-(https://platform.openai.com/docs/api-reference/chat/create), with `top_k`, `min_p` and `ignore_eos` as SGLang and vLLM
-add them. To support a field, give it a type here and pass it on in processor.py.
+The processor makes chunks of chat completions, whatever was asked for; the frontend makes of them what the client
+wants: events, one body, or text completions.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from common.errors import InvalidRequest
-from common.messages import DescribeRequest, EndpointSpec, Message, TokenMessage, Usage
+from common.messages import DescribeRequest, EndpointSpec, Message, TokenMessage
+from common.openai_request import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 from msgspec import UNSET, UnsetType
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError
-
-STOP_STRINGS = 4  # OpenAI's limit
-
-
-class _Body(Message):
-    """What a client may send: nothing that is not named here, and null is not given."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_not_given(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        return {name: value for name, value in body.items() if value is not None or name not in cls.model_fields}
-
-
-class TextPart(_Body):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class _Open(Message):
-    """What this pipeline does not know of it, the chat template may."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-class FunctionCall(_Open):
-    """What the model wanted to call."""
-
-    name: str
-    arguments: str
-
-
-class ToolCall(_Open):
-    """A call in an earlier answer of the model."""
-
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class ChatMessage(_Open):
-    """One message of the conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _text_only(cls, content: Any) -> Any:
-        for part in content if isinstance(content, list) else []:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind is not None and kind != "text":
-                raise PydanticCustomError(
-                    "unsupported", "content of type {kind} is not supported: send text only", {"kind": kind}
-                )
-        return content
-
-    @model_validator(mode="after")
-    def _says_something(self) -> "ChatMessage":
-        if self.content is None and self.role != "assistant":
-            raise PydanticCustomError("missing", "a {role} message needs content", {"role": self.role})
-        return self
-
-    @property
-    def text(self) -> str:
-        """The content as one string."""
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
-
-
-class StreamOptions(_Body):
-    """How to stream."""
-
-    include_usage: bool = False
-    # Padding against traffic analysis; there is none to leave out.
-    include_obfuscation: bool = False
-
-
-class ChatCompletionRequest(_Body):
-    """The body of POST /v1/chat/completions."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": "pipeline-chat",
-                    "messages": [{"role": "user", "content": "What does the router do?"}],
-                    "max_tokens": 64,
-                    "stream": False,
-                }
-            ]
-        }
-    )
-
-    model: str = Field(description="One of those that GET /v1/models lists.")
-    messages: list[ChatMessage] = Field(min_length=1, description="The conversation so far, the oldest first.")
-    stream: bool = Field(False, description="Answer with server-sent events as the tokens come.")
-    stream_options: StreamOptions | None = None
-
-    max_tokens: int | None = Field(None, ge=1, description="Tokens of the answer; by default what the context holds.")
-    max_completion_tokens: int | None = Field(None, ge=1, description="The same by OpenAI's newer name.")
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0 is greedy.")
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="-1 and 0 are all tokens.")
-    min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    stop: str | list[str] | None = Field(None, description=f"Up to {STOP_STRINGS} strings that end the answer.")
-    ignore_eos: bool = Field(False, description="Go on after the model's end token.")
-
-    # Part of the API and not of this pipeline: taken where they change nothing about the answer, refused where they do.
-    n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
-    tools: list[Any] | None = Field(None, max_length=0)
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: "ResponseFormat | None" = None
-    modalities: list[Literal["text"]] | None = None
-    user: str | None = Field(None, description="The session for routing, if nothing else names one.")
-    metadata: dict[str, Any] | None = None
-    store: Literal[False] | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = Field(None, description="The session for routing, unless x-session-id names it.")
-
-    @field_validator("stop")
-    @classmethod
-    def _stop_strings(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        strings = [stop] if isinstance(stop, str) else stop or []
-        if len(strings) > STOP_STRINGS:
-            raise PydanticCustomError("too_long", "at most {limit} stop strings are allowed", {"limit": STOP_STRINGS})
-        if "" in strings:
-            raise PydanticCustomError("empty", "a stop string must not be empty")
-        return stop
-
-    @model_validator(mode="after")
-    def _agree(self) -> "ChatCompletionRequest":
-        if self.stream_options and not self.stream:
-            raise PydanticCustomError("stream_options", "stream_options is only allowed when stream is true")
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise PydanticCustomError(
-                "max_tokens", "max_tokens and max_completion_tokens say different things: send one"
-            )
-        return self
-
-    @classmethod
-    def decode(cls, body: Any) -> Self:
-        """Check `body`, decoded JSON. Raises InvalidRequest, which names the field and what is wrong with it."""
-        try:
-            return cls.model_validate(body)
-        except ValidationError as error:
-            raise explain(error.errors(include_url=False)) from error
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    @property
-    def stop_strings(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    @property
-    def token_limit(self) -> int | None:
-        """The most tokens that the client wants."""
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-
-
-class ResponseFormat(_Body):
-    """The form of the answer."""
-
-    type: Literal["text"]
-
-
-_UNSUPPORTED = {"n", "logprobs", "top_logprobs", "logit_bias", "tools", "tool_choice", "response_format", "modalities",
-                "store"}  # fmt: skip
-
-_UNION_ARMS = ("str", "list[str]", "list[TextPart]")  # that pydantic names in a path as if they were fields
-
-
-def explain(faults: Sequence[Mapping[str, Any]]) -> InvalidRequest:
-    """The fault that pydantic found deepest in a body, in the words of an API."""
-    fault = max(faults, key=lambda fault: len(fault["loc"]))
-    unknown = fault["loc"][-1:] if fault["type"] == "extra_forbidden" else ()
-    path = [part for part in fault["loc"][: -len(unknown) or None] if part not in _UNION_ARMS] + [*unknown]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
-    message = f"{param}: {fault['msg']}" if param else fault["msg"]
-    if unknown:
-        message = f"unknown field {param!r}"
-    elif not param and fault["type"] == "missing":
-        message = "the request body is not valid JSON: it is empty"
-    elif not param and fault["type"] in ("model_type", "model_attributes_type"):
-        message = "the request body must be a JSON object"
-    elif path and path[0] in _UNSUPPORTED:
-        message = f"{param} = {fault['input']!r:.80} is not supported by this pipeline"
-    code = "missing_required_parameter" if fault["type"] == "missing" and param else None
-    return InvalidRequest(message, param=param or None, code=code)
-
+from pydantic import ConfigDict, Field
 
 # The answer, in chunks or whole.
+
+
+class FunctionDelta(TokenMessage, kw_only=True, omit_defaults=True):
+    """What a chunk adds to a call of a function."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(TokenMessage, kw_only=True, omit_defaults=True):
+    """What a chunk adds to a tool call; the first of each has its id and name."""
+
+    index: int | None = None
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
 
 
 class Delta(TokenMessage, kw_only=True, omit_defaults=True):
@@ -232,14 +36,38 @@ class Delta(TokenMessage, kw_only=True, omit_defaults=True):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+    function_call: FunctionDelta | None = None  # a tool call, for those who sent `functions`
+
+
+class TopLogprob(TokenMessage, kw_only=True):
+    """How likely a token was: its natural logarithm. A token that is no whole character has its bytes only."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob, kw_only=True):
+    """How likely a token of the answer was, and the likeliest in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(TokenMessage, kw_only=True):
+    """Those of the tokens of a chunk, or of the whole answer."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
 
 
 class ChunkChoice(TokenMessage, kw_only=True):
-    """The one answer of a chunk."""
+    """What a chunk adds to one of the answers."""
 
     index: int = 0
     delta: Delta
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     finish_reason: str | None = None
 
 
@@ -257,37 +85,73 @@ class ChatCompletionChunk(TokenMessage, kw_only=True):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
+    system_fingerprint: str | None = None
     choices: list[ChunkChoice]
-    usage: dict[str, Any] | UnsetType = UNSET  # a Usage
+    usage: dict[str, Any] | UnsetType | None = UNSET  # a Usage
     routing: Routing | UnsetType = UNSET
 
 
-class AssistantMessage(Message):
+class AssistantMessage(TokenMessage, kw_only=True):
     """The whole answer of the model."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+    function_call: FunctionDelta | UnsetType = UNSET
 
 
-class Choice(Message):
-    """The one answer of a completion."""
+class Choice(TokenMessage, kw_only=True):
+    """One of the answers of a completion."""
 
     index: int = 0
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     finish_reason: str | None
 
 
-class ChatCompletion(Message):
+class ChatCompletion(TokenMessage, kw_only=True):
     """An answer that is not streamed."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str | None = None
     choices: list[Choice]
-    usage: Usage | None
+    usage: dict[str, Any] | None
+
+
+class TextLogprobs(TokenMessage, kw_only=True):
+    """Those of a text completion. Its tokens, their logprobs, the likeliest in their places, and where in the text each
+    begins: characters from the start of the answer."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(TokenMessage, kw_only=True):
+    """What a chunk adds to one of the answers of a text completion, or the whole of it."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class TextCompletion(TokenMessage, kw_only=True):
+    """The answer of POST /v1/completions, or one server-sent event of it."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str | None = None
+    choices: list[TextChoice]
+    usage: dict[str, Any] | UnsetType | None = UNSET
 
 
 class ModelCard(Message):
@@ -337,6 +201,24 @@ class ErrorBody(Message):
     error: ErrorDetail
 
 
+class Tokens(Message):
+    """The answer of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(Message):
+    """The answer of POST /detokenize."""
+
+    prompt: str
+
+
 PROCESS = EndpointSpec("processor", "process", ChatCompletionRequest, ChatCompletionChunk)
+COMPLETE = EndpointSpec("processor", "complete", CompletionRequest, ChatCompletionChunk)
+TOKENIZE = EndpointSpec("processor", "tokenize", TokenizeRequest, Tokens)
+DETOKENIZE = EndpointSpec("processor", "detokenize", DetokenizeRequest, Text)
 DESCRIBE_MODEL = EndpointSpec("processor", "describe", DescribeRequest, ModelCard)
 CHAT_COMPLETIONS = EndpointSpec("frontend", "chat_completions", ChatCompletionRequest, ChatCompletionChunk)

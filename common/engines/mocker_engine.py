@@ -110,6 +110,7 @@ class MockerEngine:
             model=identity,
             total_blocks=total_blocks,
             context_length=min(MAX_CONTEXT, total_blocks * identity.block_size),
+            simulated=True,
             kv_events=f"tcp://{host}:{events}",
             kv_replay=f"tcp://{host}:{replay}",
             load=f"tcp://{host}:{load}",

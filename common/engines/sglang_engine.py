@@ -4,8 +4,9 @@ import asyncio
 import json
 import logging
 import random
+import re
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -95,7 +96,10 @@ class SglangEngine:
             }
             engine = sglang.Engine(
                 model_path=model_path,
-                skip_tokenizer_init=True,
+                # For the grammars that force the form of an answer; nothing else here needs the tokenizer.
+                skip_tokenizer_init=False,
+                grammar_backend="xgrammar",
+                constrained_json_disable_any_whitespace=True,  # or small models fill an answer with it
                 page_size=block_size,
                 stream_interval=stream_interval,
                 incremental_streaming_output=True,
@@ -122,6 +126,7 @@ class SglangEngine:
     async def generate(self, request: GenerateRequest, context: Context) -> AsyncGenerator[EngineOutput]:
         """Yield the answer's tokens as they are made. Stopping `context` aborts the request in SGLang."""
         params = self._sampling_params(request)
+        logprobs = request.output_options.logprobs
         if context.is_stopped():
             return
         # SGLang aborts every request whose id begins with the one that is named, so no id may begin another.
@@ -129,7 +134,12 @@ class SglangEngine:
         abort = asyncio.create_task(self._abort_when_stopped(context, rid))
         try:
             chunks = await self._engine.async_generate(
-                input_ids=request.token_ids, sampling_params=params, rid=rid, stream=True
+                input_ids=request.token_ids,
+                sampling_params=params,
+                return_logprob=logprobs is not None,
+                top_logprobs_num=logprobs or 0,
+                rid=rid,
+                stream=True,
             )
             async with aclosing(chunks):  # which ends the request in SGLang if it has not ended
                 first = True
@@ -176,7 +186,7 @@ class SglangEngine:
         config.total_kv_blocks = self.info.total_blocks
         await register_model(
             ModelInput.Tokens,
-            ModelType.Chat,
+            ModelType.Chat | ModelType.Completions,
             endpoint,
             self._model_path,
             model_name=self.info.model.name,
@@ -223,10 +233,27 @@ class SglangEngine:
 def _sampling_options(options: SamplingOptions, seeded: bool) -> dict[str, Any]:
     """Dynamo's sampling options in SGLang's names, without those that are not set."""
     params = {name: value for name, value in options if value is not None}
+    params |= _grammar(params.pop("guided_decoding", {}))
     seed = params.pop("seed", None)
     if seeded:  # SGLang then gives every request that names no seed the same one
         params["sampling_seed"] = random.getrandbits(63) if seed is None else seed
     return params
+
+
+def _grammar(form: dict[str, Any]) -> dict[str, str]:
+    """The form that an answer must have, in SGLang's names; {} if it is free."""
+    match form:
+        case {"json": schema}:
+            return {"json_schema": json.dumps(schema)}
+        case {"regex": regex}:
+            return {"regex": regex}
+        case {"choice": choices}:
+            return {"regex": "|".join(f"({re.escape(choice)})" for choice in choices)}
+        case {"grammar": grammar}:
+            return {"ebnf": grammar}
+        case {"structural_tag": tag}:
+            return {"structural_tag": json.dumps(tag)}
+    return {}
 
 
 def _output(chunk: dict[str, Any], first: bool) -> EngineOutput:
@@ -245,9 +272,17 @@ def _output(chunk: dict[str, Any], first: bool) -> EngineOutput:
             total_tokens=meta["prompt_tokens"] + meta["completion_tokens"],
             prompt_tokens_details=PromptTokensDetails(cached_tokens=meta["cached_tokens"]),
         )
-    return EngineOutput(
+    output = EngineOutput(
         token_ids=list(chunk["output_ids"]), finish_reason=reason, completion_usage=usage.encode() if usage else None
     )
+    if logprobs := meta.get("output_token_logprobs"):
+        output.log_probs = [logprob for logprob, _, _ in logprobs]
+        output.top_logprobs = [_ranked(top or ()) for top in meta.get("output_top_logprobs") or ()] or None
+    return output
+
+
+def _ranked(likeliest: Sequence[tuple[float, int, object]]) -> list[dict[str, Any]]:
+    return [{"rank": rank, "token_id": token, "logprob": value} for rank, (value, token, _) in enumerate(likeliest, 1)]
 
 
 def _raise_if_failed(finish: dict[str, Any]) -> None:

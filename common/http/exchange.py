@@ -14,17 +14,20 @@ from urllib.parse import quote
 
 from common.errors import Cancelled, Internal, InvalidRequest, NotFound, PipelineError, Unavailable
 from common.messages import Usage
-from common.openai_api import ChatCompletionChunk, Routing, explain
+from common.openai_api import ChatCompletionChunk, Routing
+from common.openai_request import explain
 
 from dynamo.runtime import Context
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from msgspec import UNSET
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
+MAX_NAMES, MAX_NAME = 20, 40  # ignored fields that a header names, and characters of each
 METADATA = ("x-session-id", "x-priority")  # headers that go along to every stage
 
 
@@ -62,8 +65,10 @@ class Exchange:
         self._began = time.perf_counter()
         self._first: float | None = None  # when the first chunk came
         self._routing: Routing | None = None
+        self.ignored: list[str] = []  # fields of its body that nobody here knows
+        self.answers = 1  # how many it is to get
         self.usage: Usage | None = None
-        self.finish_reason: str | None = None
+        self._finish_reasons: dict[int, str | None] = {}  # of each answer, once it is over
 
     def _checked(self, name: str, valid: _Valid) -> str:
         """The value of a header, or "". Raises InvalidRequest if it is not what that may be."""
@@ -79,25 +84,37 @@ class Exchange:
         return exchange
 
     @property
-    def routing_headers(self) -> dict[str, str]:
-        """The response headers that say who answers."""
-        if not self._routing:
-            return {}
-        worker_id = quote(self._routing.worker_id, safe=string.punctuation)  # a worker can have any name
-        return {"x-worker-id": worker_id, "x-kv-overlap-blocks": str(self._routing.overlap_blocks)}
+    def answer_headers(self) -> dict[str, str]:
+        """The response headers that say who answers, and what of the request was ignored."""
+        names = [quote(name[:MAX_NAME], safe="._") for name in self.ignored[:MAX_NAMES]]
+        headers = {"x-ignored-fields": ",".join(names)} if names else {}
+        if self._routing:
+            headers["x-worker-id"] = quote(self._routing.worker_id, safe=string.punctuation)  # it can have any name
+            headers["x-kv-overlap-blocks"] = str(self._routing.overlap_blocks)
+        return headers
 
-    def note(self, chunk: ChatCompletionChunk) -> None:
-        """Remember what a chunk says. Raises Internal if it says nonsense."""
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the answers are over; None while one is not."""
+        reasons = set(self._finish_reasons.values())
+        if None in reasons or len(self._finish_reasons) < self.answers:
+            return None
+        return ",".join(sorted(map(str, reasons)))
+
+    def noted(self, chunk: ChatCompletionChunk) -> ChatCompletionChunk:
+        """The chunk, once what it says is remembered. Raises Internal if it says nonsense."""
         if self._first is None:
             self._first = time.perf_counter()
             self._routing = chunk.routing or None
-        if chunk.choices:
-            self.finish_reason = chunk.choices[0].finish_reason
+        for choice in chunk.choices:
+            self._finish_reasons[choice.index] = choice.finish_reason
         if chunk.usage:
             self.usage = Usage.received(chunk.usage)
+        chunk.routing = UNSET  # which the headers say, unless it came too late for that
+        return chunk
 
     def check_finished(self) -> None:
-        """Raises Internal if the answer is over and has not said why."""
+        """Raises Internal if the answers are over and one has not said why."""
         if self.finish_reason is None:
             raise Internal("the processor ended its answer without a finish_reason")
 

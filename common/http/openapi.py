@@ -2,23 +2,48 @@
 
 from typing import Any
 
-from common.openai_api import ErrorBody
+from common.openai_api import ChatCompletion, ErrorBody, TextCompletion
+
+import msgspec
+from fastapi import FastAPI
 
 Responses = dict[int | str, dict[str, Any]]
+
+_SCHEMAS = "#/components/schemas/"
 
 _CHUNK = (
     '{"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1795629316, "model": "pipeline-chat", '
     '"choices": [{"index": 0, "delta": {"role": "assistant", "content": "It"}, "logprobs": null, '
     '"finish_reason": null}]}'
 )
-ANSWER: Responses = {
-    200: {
-        "description": "The answer: one body, or with `stream` a chunk of it in each server-sent event.",
-        "content": {
-            "text/event-stream": {"schema": {"type": "string"}, "example": f"data: {_CHUNK}\n\ndata: [DONE]\n\n"}
-        },
+
+
+def answer(body: type[msgspec.Struct]) -> Responses:
+    """The answer of a route: one body, or the events of a stream."""
+    return {
+        200: {
+            "description": "The answer: one body, or with `stream` a chunk of it in each server-sent event.",
+            "content": {
+                "application/json": {"schema": {"$ref": _SCHEMAS + body.__name__}},
+                "text/event-stream": {"schema": {"type": "string"}, "example": f"data: {_CHUNK}\n\ndata: [DONE]\n\n"},
+            },
+        }
     }
-}
+
+
+def describe_answers(app: FastAPI) -> None:
+    """Add what FastAPI does not know to the application's description: the answers are no pydantic models."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        _, schemas = msgspec.json.schema_components([ChatCompletion, TextCompletion], ref_template=_SCHEMAS + "{name}")
+        spec = described()
+        spec["components"]["schemas"] |= schemas
+        return spec
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
 HEADERS = {
     "x-request-id": "Request id, in every log line and in the answer; generated if absent.",
     "x-session-id": "Session id. The policy session-affinity keeps the requests of a session on one worker.",

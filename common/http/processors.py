@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from common.errors import NotFound, PipelineError, Unavailable
 from common.messages import DescribeRequest
-from common.openai_api import ChatCompletionChunk, ChatCompletionRequest, ModelCard
+from common.openai_api import ChatCompletionChunk, ModelCard
+from common.openai_request import ChatCompletionRequest
 from common.remote import Remote
 
 from dynamo.runtime import Context

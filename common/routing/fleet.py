@@ -73,6 +73,7 @@ class Fleet:
         ]
         if not candidates:
             raise Unavailable(self._nobody(request), code="no_worker")
+        candidates = [one for one in candidates if one.worker.instance_id == request.beside] or candidates
         for candidate in candidates:
             candidate.peers = candidates
         if self.unserved:

@@ -1,25 +1,44 @@
 """A model's text side: its chat template and tokenizer. The weights are the engine's business."""
 
+import inspect
 import json
 import os
+import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from common.errors import InvalidRequest, StartupError
 from common.messages import SamplingOptions
-from common.openai_api import ChatMessage
+from common.openai_request import ChatMessage, Tool
+from common.text import sglang_parsers
+from common.text.token_texts import TokenTexts
 
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
+
+_CUT = "\ufdd0"  # Unicode's for internal use: in no text that anybody writes
 
 
 class ChatModel:
     """Turns conversations into token ids, and knows where the model's sentences end."""
 
-    def __init__(self, resolved: str, name: str) -> None:
-        """Load what is needed of a model that `resolve_model` found. Raises StartupError if it cannot chat."""
+    def __init__(
+        self,
+        resolved: str,
+        name: str,
+        *,
+        tool_call_parser: str = sglang_parsers.AUTO,
+        reasoning_parser: str = sglang_parsers.AUTO,
+        allow_special_tokens: bool = False,
+    ) -> None:
+        """Load what is needed of a model that `resolve_model` found. Raises StartupError if it cannot chat.
+
+        tool_call_parser, reasoning_parser: SGLang's names, "auto" or "none"; allow_special_tokens: that what clients
+        write may have the special tokens by which the model tells turns apart.
+        """
         # Imported here: it takes a second, for which --help should not wait. It would import torch if there is one: two
         # more seconds, and 270,000 objects for each garbage collection to look through. So we say that it is not.
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
@@ -40,42 +59,87 @@ class ChatModel:
             generation = GenerationConfig.from_pretrained(resolved)
         except OSError:  # the model came without one
             generation = GenerationConfig()
-        ends = generation.eos_token_id if generation.eos_token_id is not None else self._template.eos_token_id
-        self.eos_token_ids: list[int] = sorted({ends} if isinstance(ends, int) else set(ends or ()))
+        # All that any of them names: fine-tuned models often have the end token of their base in one of the three.
+        self.eos_token_ids = _ids(
+            generation.eos_token_id, getattr(config, "eos_token_id", None), self._template.eos_token_id
+        )
         self._longest_token = longest_token(self.tokenizer)
+        parameters = inspect.signature(self._template.apply_chat_template).parameters
+        self._reserved = parameters.keys() - {"documents", "kwargs"}  # no variables of templates
+        self.parsers = sglang_parsers.choose(tool_call_parser, reasoning_parser, self._template)
+        special = [str(token) for token in self._template.added_tokens_decoder.values() if token.special and str(token)]
+        self._special = re.compile("|".join(map(re.escape, [] if allow_special_tokens else special)) or "(?!)")
         self._sampling: Any = {
             name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k", "min_p")
         }
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
-        """The conversation as the model's chat template writes it, ready for the answer.
+    @cached_property
+    def texts(self) -> TokenTexts:
+        """What each token stands for."""
+        return TokenTexts(self.tokenizer)
 
-        Raises InvalidRequest if the template does not accept it, in the template's words.
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Tool] = (),
+        variables: Mapping[str, Any] | None = None,
+        *,
+        answer: bool = True,
+        go_on: bool = False,
+    ) -> str:
+        """The conversation as the model's chat template writes it. Where somebody wrote a special token into it, it is
+        cut by `_CUT`, so that it is none.
+
+        variables: of the template; answer: whether an answer follows; go_on: whether that goes on with the last
+        message. Raises InvalidRequest if the template does not accept it, in the template's words.
         """
-        plain = [{**message.model_dump(exclude_none=True), "content": message.text} for message in messages]
+        variables = self._cut(variables or {})
+        if own := variables.keys() & self._reserved:
+            raise InvalidRequest(f"{min(own)} is not for clients to set", param="chat_template_kwargs")
+        plain = [self._cut(message.template_form) for message in messages]
         for message in plain:
             if message["role"] == "developer" and not self._knows_developer:
                 message["role"] = "system"
         try:
-            text: str = self._template.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+            text: str = self._template.apply_chat_template(
+                plain,
+                tools=[self._cut(tool.model_dump(exclude_none=True)) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=answer and not go_on,
+                continue_final_message=go_on,
+                **variables,
+            )
         except Exception as error:  # a template is a program: it can fail in any way at what it did not expect
             raise InvalidRequest(f"the model's chat template: {error}", param="messages") from error
         return text
 
-    def sampling(self, **asked: float | int | None) -> SamplingOptions:
+    def _cut(self, value: Any) -> Any:
+        """What a client wrote, with each special token in it cut into its characters."""
+        if isinstance(value, str):
+            return self._special.sub(lambda found: _CUT.join(["", *found[0], ""]), value)
+        if isinstance(value, list):
+            return [self._cut(item) for item in value]
+        if isinstance(value, dict):
+            return {self._cut(name): self._cut(item) for name, item in value.items()}
+        return value
+
+    def sampling(self, **asked: Any) -> SamplingOptions:
         """What the client asked for, and for the rest what the model's makers recommend in generation_config.json."""
-        given: Any = {name: value for name, value in asked.items() if value is not None}
+        given = {name: value for name, value in asked.items() if value is not None}
         return SamplingOptions(**(self._sampling | given))
 
-    def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """The prompt's token ids. The template has written every special token, so none is added."""
-        text = self.render(messages)
-        self._check_length(text)
-        # Of all its ways to encode, the fastest, and the one that lets go of Python's lock.
-        ids: list[int] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return ids
+    def encode(self, text: str, *, add_special_tokens: bool = False, param: str = "messages") -> list[int]:
+        """The token ids of a text. What a template has rendered has every special token that it needs.
 
-    def _check_length(self, text: str) -> None:
+        Raises InvalidRequest, for the field `param`, if it cannot fit into the context.
+        """
+        self._check_length(text, param)
+        # Of all its ways to encode, the fastest, and the one that lets go of Python's lock.
+        texts = [text] if add_special_tokens else text.split(_CUT)
+        pieces = self.tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [token_id for piece in pieces for token_id in piece.ids]
+
+    def _check_length(self, text: str, param: str = "messages") -> None:
         """Raises InvalidRequest for a text that cannot fit: to tokenize it would take a minute and gigabytes."""
         most = self.context_length * (self._longest_token or sys.maxsize)
         if len(text) * 4 <= most:  # no character has more bytes
@@ -84,9 +148,9 @@ class ChatModel:
         if size > most:
             raise InvalidRequest(
                 f"This model's maximum context length is {self.context_length} tokens, which is {most} bytes of text "
-                f"at the very most. However, your messages have {size} bytes. Please reduce their length.",
+                f"at the very most. However, yours has {size} bytes. Please reduce its length.",
                 code="context_length_exceeded",
-                param="messages",
+                param=param,
             )
 
 
@@ -106,3 +170,11 @@ def longest_token(tokenizer: Tokenizer) -> int | None:
     if not keeps_every_byte:
         return None
     return max(map(len, [*vocab, *(token["content"] for token in added)]))
+
+
+def _ids(*named: int | Iterable[int] | None) -> list[int]:
+    """Token ids that several files name, each one, several or none."""
+    ids: set[int] = set()
+    for name in named:
+        ids |= {name} if isinstance(name, int) else set(name or ())
+    return sorted(ids)

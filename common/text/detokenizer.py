@@ -19,8 +19,9 @@ class Detokenizer:
     of 300 random sequences, and it raises on tokenizers that fall back to bytes.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._ids: list[int] = []  # the tokens before the open ones, for context, then the open ones
         self._context = 0  # how many of them are context
         self._given = ""  # the text of the context, and what was given out of the open tokens
@@ -53,5 +54,5 @@ class Detokenizer:
         self._waited = 0
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
         return text

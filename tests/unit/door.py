@@ -2,20 +2,24 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Self, cast
 
 from common.errors import NotFound
 from common.http.exchange import Exchanges
 from common.messages import WORKERS, PromptTokensDetails, Usage
 from common.openai_api import (
+    DETOKENIZE,
+    TOKENIZE,
     ChatCompletionChunk,
-    ChatCompletionRequest,
     ChunkChoice,
     Delta,
     ModelCard,
     Routing,
+    Text,
+    Tokens,
 )
+from common.openai_request import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from common.remote import Remote
 from common.service import Service
 from frontend import Frontend
@@ -25,15 +29,19 @@ import httpx
 from dynamo.runtime import Context
 
 CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+ONCE: dict[str, Any] = {"model": "m", "prompt": "once"}
 
 Play = Callable[[ChatCompletionRequest, Context], AsyncGenerator[ChatCompletionChunk]]
 Headers = Mapping[str, str] | Sequence[tuple[str, str]]
 
 
-def chunk(content: str, finish_reason: str | None = None, routing: Routing | None = None) -> ChatCompletionChunk:
+def chunk(
+    content: str, finish_reason: str | None = None, routing: Routing | None = None, index: int = 0
+) -> ChatCompletionChunk:
     delta = Delta(role="assistant", content=content) if routing else Delta(content=content)
-    choice = ChunkChoice(delta=delta, finish_reason=finish_reason)
+    choice = ChunkChoice(index=index, delta=delta, finish_reason=finish_reason)
     made = ChatCompletionChunk(id="chatcmpl-1", created=1, model="m", choices=[choice])
     if routing:
         made.routing = routing
@@ -67,11 +75,23 @@ def raises(error: Exception, *before: ChatCompletionChunk) -> Play:
     return play
 
 
+async def letters(body: Any, context: Context) -> AsyncIterator[Any]:
+    """The tokens of a text: as many as it has letters."""
+    text = TokenizeRequest.decode(body).prompt or ""
+    yield Tokens(count=len(text), max_model_len=64, tokens=[*range(len(text))]).encode()
+
+
+async def numbers(body: Any, context: Context) -> AsyncIterator[Any]:
+    yield Text(prompt=" ".join(map(str, DetokenizeRequest.decode(body).tokens))).encode()
+
+
 class ScriptedProcessors:
     """Serve the models m and org/m, and answer every request with a play."""
 
     def __init__(self, play: Play) -> None:
         self._play = play
+        self.tokenize = Remote(TOKENIZE, _client({1: letters}))
+        self.detokenize = Remote(DETOKENIZE, _client({1: numbers}))
         self.requests: list[ChatCompletionRequest] = []
         self.contexts: list[Context] = []
 
@@ -108,6 +128,8 @@ class Door:
         routers: Mapping[int, Handler] | None = None,
         stages: Mapping[str, Mapping[int, Handler]] | None = None,
         stage: Any = None,
+        keepalive_seconds: float = 0.0,
+        strict_fields: bool = False,
     ) -> None:
         runtime: Any = None
         self.service = Service(runtime, drain_seconds=0.0)
@@ -115,19 +137,24 @@ class Door:
         self.frontend = Frontend(
             self.service,
             processors=cast(Any, self.processors),
+            complete=cast(Any, self.processors),
+            tokenize=self.processors.tokenize,
+            detokenize=self.processors.detokenize,
             routers=Remote(WORKERS, _client(routers or {})),
             stages={name: Remote(WORKERS, _client(handlers)) for name, handlers in (stages or {}).items()},
             stage=stage,
+            keepalive_seconds=keepalive_seconds,
+            strict_fields=strict_fields,
         )
         self.app: Exchanges = self.frontend.app(cors_origins)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return self.request("GET", path, **options)
 
-    def post(self, body: Any = HELLO, **options: Any) -> httpx.Response:
-        """Ask for a chat completion. body: JSON, or bytes as they are."""
+    def post(self, body: Any = HELLO, path: str = CHAT, **options: Any) -> httpx.Response:
+        """Ask for a chat completion, or for what `path` says. body: JSON, or bytes as they are."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self.request("POST", CHAT, content=content, **options)
+        return self.request("POST", path, content=content, **options)
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         async def send() -> httpx.Response:
@@ -154,6 +181,7 @@ class Connection:
         self._headers = list(headers.items() if isinstance(headers, Mapping) else headers)
         self._from_client: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._to_client: asyncio.Queue[dict[str, Any]] = asyncio.Queue(room)
+        self._events: list[str] = []  # that came with others, and are not read yet
         self.finished: asyncio.Task[None]
 
     async def __aenter__(self) -> Self:
@@ -184,19 +212,29 @@ class Connection:
         return await asyncio.wait_for(self._to_client.get(), 30)
 
     async def event(self) -> Any:
-        """The next server-sent event."""
-        message = await self.next()
-        assert message["type"] == "http.response.body"
-        text = message["body"].decode()
+        """The next server-sent event, or the next comment as it is."""
+        while not self._events:
+            message = await self.next()
+            assert message["type"] == "http.response.body"
+            *self._events, rest = message["body"].decode().split("\n\n")
+            assert rest == "", "an event in pieces"
+        text = self._events.pop(0)
+        if text.startswith(":"):
+            return text
         assert text.startswith("data: ")
-        assert text.endswith("\n\n")
-        assert text.count("data: ") == 1, "several events in one"
-        data = text.removeprefix("data: ").strip()
+        data = text.removeprefix("data: ")
         return data if data == "[DONE]" else json.loads(data)
+
+    async def content(self) -> str:
+        """That of the next event that has some."""
+        while True:
+            event = await self.event()
+            if isinstance(event, dict) and (content := event["choices"][0]["delta"].get("content")):
+                return str(content)
 
     @property
     def unread(self) -> int:
-        return self._to_client.qsize()
+        return self._to_client.qsize() + len(self._events)
 
     def hang_up(self) -> None:
         self._from_client.put_nowait({"type": "http.disconnect"})

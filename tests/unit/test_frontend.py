@@ -7,7 +7,6 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import frontend
 from common.errors import (
     Cancelled,
     Internal,
@@ -18,11 +17,15 @@ from common.errors import (
     Unavailable,
     Unreachable,
 )
+from common.http import event_stream
 from common.messages import RouterStatus, WorkerStatus
-from common.openai_api import ChatCompletionChunk, ChatCompletionRequest, Routing
+from common.openai_api import ChatCompletionChunk, Routing
+from common.openai_request import ChatCompletionRequest
 from tests.unit.door import (
     CHAT,
+    COMPLETIONS,
     HELLO,
+    ONCE,
     Connection,
     Door,
     Play,
@@ -31,6 +34,7 @@ from tests.unit.door import (
     first_chunk,
     raises,
     two_words,
+    usage_chunk,
 )
 
 import httpx
@@ -78,6 +82,7 @@ PREFLIGHT = {
 def events(answer: httpx.Response) -> list[Any]:
     """The server-sent events of an answer."""
     assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.text.endswith("\n\n")
     data = [event.removeprefix("data: ") for event in answer.text.split("\n\n")[:-1]]
     return [event if event == "[DONE]" else json.loads(event) for event in data]
 
@@ -97,6 +102,30 @@ def converse(door: Door, scenario: Callable[[Connection], Awaitable[None]], body
     asyncio.run(run())
 
 
+async def two_answers(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
+    yield first_chunk()
+    yield chunk("uno", routing=Routing(worker_id="w1", overlap_blocks=3), index=1)
+    yield chunk(" two", "stop")
+    yield chunk(" dos", "length", index=1)
+    yield usage_chunk()
+
+
+async def nothing(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
+    return
+    yield
+
+
+def waits(go_on: asyncio.Event, play: Play) -> Play:
+    """The play, once it may go on."""
+
+    async def late(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
+        await go_on.wait()
+        async for made in play(request, context):
+            yield made
+
+    return late
+
+
 class TestAnswer:
     def test_one_body(self) -> None:
         answer = Door().post()
@@ -106,6 +135,7 @@ class TestAnswer:
             "object": "chat.completion",
             "created": 1,
             "model": "m",
+            "system_fingerprint": None,
             "choices": [
                 {
                     "index": 0,
@@ -123,22 +153,59 @@ class TestAnswer:
         }
 
     def test_events(self) -> None:
+        """The role comes first, and the reason of the end last, each in an event of its own."""
         answer = Door().post(STREAM)
         common = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-        first, last = ({"role": "assistant", "content": "one"}, None), ({"content": " two"}, "stop")
+        deltas = [
+            ({"role": "assistant", "content": ""}, None),
+            ({"content": "one"}, None),
+            ({"content": " two"}, None),
+            ({}, "stop"),
+        ]
         chunks = [
-            {**common, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]}
-            for delta, reason in (first, last)
+            {
+                **common,
+                "system_fingerprint": None,
+                "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}],
+            }
+            for delta, reason in deltas
         ]
         assert events(answer) == [*chunks, "[DONE]"]
-        assert answer.headers["cache-control"] == "no-cache"
+        assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-cache", "no")
         assert "content-length" not in answer.headers
 
     def test_the_usage_is_an_event_if_asked_for(self) -> None:
-        for include, there in ((True, True), (False, False), (None, False)):
+        for include in (False, None):
             answer = Door().post({**STREAM, "stream_options": {"include_usage": include}})
-            usages = [event for event in events(answer)[:-1] if "usage" in event]
-            assert [(event["choices"], event["usage"]["total_tokens"]) for event in usages] == [([], 52)] * there
+            assert [event for event in events(answer)[:-1] if "usage" in event or not event["choices"]] == []
+
+    @pytest.mark.parametrize(("path", "body"), [(CHAT, STREAM), (COMPLETIONS, {**ONCE, "stream": True})])
+    def test_then_all_events_have_one_but_only_the_last_says_something(self, path: str, body: Any) -> None:
+        answer = Door().post({**body, "stream_options": {"include_usage": True}}, path)
+        *before, last, done = events(answer)
+        assert {event["usage"] for event in before} == {None}
+        assert all(event["choices"] for event in before)
+        assert (last["choices"], last["usage"]["total_tokens"], done) == ([], 52, "[DONE]")
+
+    def test_several_answers(self) -> None:
+        answer = Door(two_answers).post()
+        said = [(choice["message"]["content"], choice["finish_reason"]) for choice in answer.json()["choices"]]
+        assert said == [("one two", "stop"), ("uno dos", "length")]
+        assert [choice["index"] for choice in answer.json()["choices"]] == [0, 1]
+
+    def test_of_several_answers_each_event_says_to_which_it_belongs(self) -> None:
+        choices = [event["choices"][0] for event in events(Door(two_answers).post(STREAM))[:-1]]
+        for index, words in enumerate((["", "one", " two", None], ["", "uno", " dos", None])):
+            own = [choice for choice in choices if choice["index"] == index]
+            assert [choice["delta"].get("content") for choice in own] == words
+            assert [choice["finish_reason"] is None for choice in own] == [True, True, True, False]
+
+    def test_who_answers_is_said_in_the_headers_alone(self) -> None:
+        assert "routing" not in Door(two_answers).post(STREAM).text
+
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_an_answer_that_does_not_come_is_missed(self, stream: bool) -> None:
+        assert "without a finish_reason" in Door(two_words).post({**HELLO, "n": 2, "stream": stream}).text
 
     def test_each_chunk_is_written_as_it_comes(self) -> None:
         go_on = asyncio.Event()
@@ -150,9 +217,10 @@ class TestAnswer:
 
         async def scenario(client: Connection) -> None:
             assert (await client.next())["status"] == 200
-            assert (await client.event())["choices"][0]["delta"]["content"] == "one"
+            assert await client.content() == "one"
             go_on.set()
-            assert (await client.event())["choices"][0]["delta"]["content"] == "two"
+            assert await client.content() == "two"
+            assert (await client.event())["choices"][0]["finish_reason"] == "stop"
             assert await client.event() == "[DONE]"
             assert await client.next() == {"type": "http.response.body", "body": b"", "more_body": False}
 
@@ -182,12 +250,201 @@ class TestAnswer:
 
     @pytest.mark.parametrize("body", [HELLO, STREAM])
     def test_an_answer_of_nothing_is_a_fault(self, body: Any) -> None:
-        async def nothing(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
-            return
-            yield
-
         answer = Door(nothing).post(body)
         assert (answer.status_code, error_of(answer)["message"]) == (500, "the processor answered nothing")
+
+
+class TestCompletions:
+    """POST /v1/completions."""
+
+    def test_one_body(self) -> None:
+        answer = Door().post(ONCE, COMPLETIONS)
+        assert answer.status_code == 200
+        body = answer.json()
+        assert body["usage"]["total_tokens"] == 52
+        assert {name: body[name] for name in body if name != "usage"} == {
+            "id": "chatcmpl-1",
+            "object": "text_completion",
+            "created": 1,
+            "model": "m",
+            "system_fingerprint": None,
+            "choices": [{"index": 0, "text": "one two", "logprobs": None, "finish_reason": "stop"}],
+        }
+        assert answer.headers["x-worker-id"] == "w1"
+
+    def test_events(self) -> None:
+        answer = Door().post({**ONCE, "stream": True}, COMPLETIONS)
+        common = {"id": "chatcmpl-1", "object": "text_completion", "created": 1, "model": "m"}
+        chunks = [
+            {
+                **common,
+                "system_fingerprint": None,
+                "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}],
+            }
+            for text, reason in (("one", None), (" two", "stop"))
+        ]
+        assert events(answer) == [*chunks, "[DONE]"]
+
+    def test_a_field_that_is_wrong_is_named(self) -> None:
+        answer = Door().post({**ONCE, "suffix": "x"}, COMPLETIONS)
+        assert (answer.status_code, error_of(answer)["param"]) == (400, "suffix")
+
+    def test_a_stage_in_between_is_for_chats_only(self) -> None:
+        door = Door(stage=ScriptedProcessors(raises(Internal("no chat"))))
+        assert door.post(ONCE, COMPLETIONS).status_code == 200
+
+
+class TestIgnoredFields:
+    """What nobody here knows is ignored, and that is said."""
+
+    @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.parametrize(("path", "body"), [(CHAT, HELLO), (COMPLETIONS, ONCE)])
+    def test_in_a_header(self, path: str, body: Any, stream: bool) -> None:
+        answer = Door().post({**body, "stream": stream, "max_token": 5, "colour": "red"}, path)
+        assert (answer.status_code, answer.headers["x-ignored-fields"]) == (200, "max_token,colour")
+
+    def test_whatever_their_names_are(self) -> None:
+        answer = Door().post({**STREAM, "caf\xe9\n": 1, "stream_options": {"xyz": 1}})
+        assert answer.headers["x-ignored-fields"] == "caf%C3%A9%0A,stream_options.xyz"
+
+    def test_as_many_as_a_header_holds(self) -> None:
+        answer = Door().post({**HELLO, **{f"{number:0100}": 1 for number in range(5000)}})
+        assert len(answer.headers["x-ignored-fields"]) < 1000
+
+    def test_if_there_are_any(self) -> None:
+        assert "x-ignored-fields" not in Door().post({**HELLO, "max_token": None}).headers
+
+    def test_and_once_in_the_log(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+        door = Door()
+        for fields in ({"max_token": 5}, {"max_token": 6}, {"max_token": 7, "colour": 1}):
+            door.post({**HELLO, **fields})
+        lines = [record.message for record in caplog.records if record.name == "frontend"]
+        assert [re.findall("'.*'", line) for line in lines] == [["'max_token'"], ["'colour'"]]
+
+    def test_a_page_may_read_it(self) -> None:
+        headers = Door(cors_origins=["*"]).post(headers={"origin": "http://page"}).headers
+        assert "x-ignored-fields" in headers["access-control-expose-headers"]
+
+    @pytest.mark.parametrize(("path", "body"), [(CHAT, HELLO), (COMPLETIONS, ONCE)])
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [
+            ({"max_token": 5}, "max_token"),
+            ({"a[b]": 5}, "a[b]"),
+            ({"str": 5}, "str"),
+            ({"stream": True, "stream_options": {"xyz": 1}}, "stream_options.xyz"),
+        ],
+    )
+    def test_or_it_is_refused(self, path: str, body: Any, fields: dict[str, Any], param: str) -> None:
+        door = Door(strict_fields=True)
+        answer = door.post({**body, **fields}, path)
+        assert (answer.status_code, error_of(answer)["message"]) == (400, f"unknown field {param!r}")
+        assert error_of(answer)["param"] == param
+        assert door.processors.requests == []
+
+    def test_but_not_what_a_template_may_know(self) -> None:
+        messages = [{"role": "user", "content": "x", "mood": "bad"}]
+        assert Door(strict_fields=True).post({**HELLO, "messages": messages, "colour": None}).status_code == 200
+
+
+class TestKeepalive:
+    """A client that waits hears that it does not wait in vain."""
+
+    def test_comments_come_and_then_the_answer(self) -> None:
+        go_on = asyncio.Event()
+
+        async def scenario(client: Connection) -> None:
+            start = await client.next()
+            headers = dict(start["headers"])
+            assert start["status"] == 200
+            assert headers.keys() >= {b"x-request-id", b"x-ignored-fields"}
+            assert not headers.keys() & {b"x-worker-id", b"x-kv-overlap-blocks"}  # nobody knows them yet
+            for _ in range(2):
+                assert (await client.event()).startswith(":")
+            go_on.set()
+            while isinstance(event := await client.event(), str):
+                assert event.startswith(":")
+            assert event["choices"][0]["delta"]["role"] == "assistant"
+            assert "routing" not in event
+            assert await client.content() == "one"
+            assert await client.content() == " two"
+
+        converse(Door(waits(go_on, two_words), keepalive_seconds=0.01), scenario, {**STREAM, "colour": 1})
+
+    def test_between_events_too(self) -> None:
+        go_on = asyncio.Event()
+
+        async def play(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
+            yield first_chunk()
+            await go_on.wait()
+            yield chunk("two", "stop")
+
+        async def scenario(client: Connection) -> None:
+            assert (await client.next())["status"] == 200
+            assert await client.content() == "one"
+            assert (await client.event()).startswith(":")
+            go_on.set()
+            assert await client.content() == "two"
+
+        converse(Door(play, keepalive_seconds=0.01), scenario)
+
+    def test_an_error_is_an_event_then(self, log: Log) -> None:
+        go_on = asyncio.Event()
+        error = Unavailable("later", code="no_worker")
+
+        async def scenario(client: Connection) -> None:
+            assert (await client.next())["status"] == 200
+            assert (await client.event()).startswith(":")
+            go_on.set()
+            while isinstance(event := await client.event(), str):
+                pass
+            assert event == error.body
+
+        converse(Door(waits(go_on, raises(error)), keepalive_seconds=0.01), scenario)
+        (line,) = log()
+        assert "status=503" in line
+
+    def test_so_is_an_answer_of_nothing(self) -> None:
+        go_on = asyncio.Event()
+
+        async def scenario(client: Connection) -> None:
+            assert (await client.next())["status"] == 200
+            go_on.set()
+            while isinstance(event := await client.event(), str):
+                pass
+            assert event["error"]["message"] == "the processor answered nothing"
+
+        converse(Door(waits(go_on, nothing), keepalive_seconds=0.01), scenario)
+
+    def test_it_changes_nothing_for_those_who_need_not_wait(self) -> None:
+        door = Door(keepalive_seconds=60)
+        assert door.post(STREAM).text == Door().post(STREAM).text
+        assert door.post(STREAM).headers["x-worker-id"] == "w1"
+        assert Door(raises(Overloaded("full")), keepalive_seconds=60).post(STREAM).status_code == 429
+
+    def test_one_body_has_no_comments(self) -> None:
+        async def slow(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
+            await asyncio.sleep(0.05)
+            async for made in two_words(request, context):
+                yield made
+
+        answer = Door(slow, keepalive_seconds=0.01).post()
+        assert answer.json()["choices"][0]["message"]["content"] == "one two"
+        assert answer.headers["x-worker-id"] == "w1"
+
+    def test_a_client_that_hangs_up_meanwhile_stops_the_request(self, log: Log) -> None:
+        door = Door(until_stopped, keepalive_seconds=0.01)
+
+        async def scenario(client: Connection) -> None:
+            assert (await client.next())["status"] == 200
+            assert (await client.event()).startswith(":")
+            client.hang_up()
+
+        converse(door, scenario)
+        assert door.processors.contexts[0].is_stopped()
+        (line,) = log()
+        assert "status=499" in line
 
 
 class TestErrors:
@@ -208,7 +465,8 @@ class TestErrors:
     ) -> None:
         answer = Door(raises(error, first_chunk())).post(STREAM)
         assert answer.status_code == 200
-        first, last = events(answer)
+        role, first, last = events(answer)
+        assert role["choices"][0]["delta"]["role"] == "assistant"
         assert first["choices"][0]["delta"]["content"] == "one"
         assert last == error.body
 
@@ -217,7 +475,7 @@ class TestErrors:
         assert (answer.status_code, error_of(answer)["message"]) == (503, "later")
 
     @pytest.mark.parametrize(
-        ("fields", "param"), [({"max_tokens": "5"}, "max_tokens"), ({"max_token": 5}, "max_token"), ({"n": 2}, "n")]
+        ("fields", "param"), [({"max_tokens": "5"}, "max_tokens"), ({"audio": {}}, "audio"), ({"n": 0}, "n")]
     )
     def test_a_field_that_is_wrong_is_named(self, fields: dict[str, Any], param: str) -> None:
         answer = Door().post({**HELLO, **fields})
@@ -282,7 +540,7 @@ class TestErrors:
     def test_a_bug_in_the_middle_of_a_stream_does_not_look_like_its_end(self, log: Log, tracebacks: Log) -> None:
         async def scenario(client: Connection) -> None:
             assert (await client.next())["status"] == 200
-            assert (await client.event())["choices"]
+            assert await client.content() == "one"
             await client.end()
             assert client.unread == 0  # nothing says that it is complete, and so the server closes the connection
 
@@ -391,11 +649,16 @@ class TestLog:
                 line,
             )
 
+    def test_several_answers_have_one_too(self, log: Log) -> None:
+        Door(two_answers).post()
+        (line,) = log()
+        assert " finish_reason=length,stop " in line
+
     @pytest.mark.parametrize(
         ("play", "body", "status"),
         [
             (two_words, b"{", 400),
-            (two_words, {**HELLO, "max_token": 1}, 400),
+            (two_words, {**HELLO, "max_tokens": -1}, 400),
             (two_words, {**HELLO, "model": "x"}, 404),
             (two_words, b" " * (2**25 + 1), 413),
             (raises(Overloaded("full")), HELLO, 429),
@@ -494,7 +757,7 @@ class TestHangUp:
         assert tracebacks() == []
 
     def test_a_client_that_reads_nothing_is_given_up(self, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(frontend, "CLIENT_SECONDS", 0.05)
+        monkeypatch.setattr(event_stream, "CLIENT_SECONDS", 0.05)
         door = Door(two_words)
 
         async def run() -> None:
@@ -531,6 +794,33 @@ class TestHangUp:
             assert (await client.next())["status"] == 503
 
         converse(door, scenario)
+
+
+class TestTokens:
+    """POST /tokenize and POST /detokenize."""
+
+    def test_a_text_can_be_tokenized(self) -> None:
+        answer = Door().post({"model": "m", "prompt": "abc"}, "/tokenize")
+        assert answer.status_code == 200
+        assert answer.json() == {"count": 3, "max_model_len": 64, "tokens": [0, 1, 2], "token_strs": None}
+
+    def test_and_back(self) -> None:
+        assert Door().post({"model": "m", "tokens": [1, 2]}, "/detokenize").json() == {"prompt": "1 2"}
+
+    @pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})])
+    def test_of_several_models_one_must_be_named(self, path: str, body: dict[str, Any]) -> None:
+        answer = Door().post(body, path)
+        assert (answer.status_code, error_of(answer)["param"]) == (400, "model")
+        assert "m, org/m" in error_of(answer)["message"]
+        assert Door().post({**body, "model": "x"}, path).status_code == 404
+
+    @pytest.mark.parametrize(
+        ("path", "body", "param"),
+        [("/tokenize", {"prompt": 5}, "prompt"), ("/detokenize", {"tokens": ["x"]}, "tokens[0]")],
+    )
+    def test_a_field_that_is_wrong_is_named(self, path: str, body: dict[str, Any], param: str) -> None:
+        answer = Door().post({"model": "m", **body}, path)
+        assert (answer.status_code, error_of(answer)["param"]) == (400, param)
 
 
 class TestOtherPaths:
@@ -625,14 +915,18 @@ class TestDocumentation:
         assert {parameter["name"] for parameter in post["parameters"]} == {"x-request-id", "x-session-id", "x-priority"}
         assert all(parameter["description"] for parameter in post["parameters"])
 
-    def test_so_are_the_answers(self) -> None:
+    @pytest.mark.parametrize(("path", "body"), [(CHAT, "ChatCompletion"), (COMPLETIONS, "TextCompletion")])
+    def test_so_are_the_answers(self, path: str, body: str) -> None:
         description = Door().get("/openapi.json").json()
-        responses = description["paths"][CHAT]["post"]["responses"]
+        responses = description["paths"][path]["post"]["responses"]
         assert responses.keys() >= {"200", "400", "404", "413", "429", "500", "503"}
+        events_too = responses["200"]["content"].pop("text/event-stream")
+        assert events_too["example"].endswith("data: [DONE]\n\n")
         for status, response in responses.items():
             reference = response["content"]["application/json"]["schema"]["$ref"]
-            assert reference.rpartition("/")[2] == ("ChatCompletion" if status == "200" else "ErrorBody")
+            assert reference.rpartition("/")[2] == (body if status == "200" else "ErrorBody")
             assert response["description"]
+            assert reference.rpartition("/")[2] in description["components"]["schemas"]
 
     def test_no_answer_is_described_that_nobody_gets(self) -> None:
         """FastAPI would refuse with 422 what is wrong."""

@@ -13,13 +13,14 @@ from common.messages import (
     FindWorkerRequest,
     GenerateRequest,
     ModelIdentity,
+    OutputOptions,
     RouterStatus,
     RoutingDecision,
     SamplingOptions,
     StopConditions,
     WorkerStatus,
 )
-from common.openai_api import CHAT_COMPLETIONS, DESCRIBE_MODEL, PROCESS
+from common.openai_api import CHAT_COMPLETIONS, COMPLETE, DESCRIBE_MODEL, DETOKENIZE, PROCESS, TOKENIZE
 from tests.unit.stand_ins import identity, worker_info
 
 import pytest
@@ -47,6 +48,7 @@ class TestMessage:
         assert sent.keys() == GenerateRequest.model_fields.keys()
         assert sent["stop_conditions"].keys() == StopConditions.model_fields.keys()
         assert sent["sampling_options"].keys() == SamplingOptions.model_fields.keys()
+        assert sent["output_options"].keys() == OutputOptions.model_fields.keys()
 
     def test_a_field_from_a_newer_version_is_ignored(self) -> None:
         body = {**identity().encode(), "new": 1}
@@ -61,6 +63,23 @@ class TestMessage:
         with pytest.raises(InvalidRequest, match=r"^invalid EngineOutput: there are no fields tokens_ids$"):
             EngineOutput.decode({"tokens_ids": [1]})
         assert EngineOutput.decode({"token_ids": [1], "text": None, "newer": 1}) == EngineOutput(token_ids=[1])
+
+    def test_what_an_engine_says_goes_together_with_what_follows(self) -> None:
+        first = EngineOutput(token_ids=[1], log_probs=[-1.0], top_logprobs=[[{"token_id": 1, "logprob": -1.0}]])
+        first.extend(EngineOutput(token_ids=[2, 3], log_probs=[-2.0, -3.0], top_logprobs=[[], []]))
+        first.extend(EngineOutput(finish_reason="stop", completion_usage={"total_tokens": 3}))
+        assert first == EngineOutput(
+            token_ids=[1, 2, 3],
+            log_probs=[-1.0, -2.0, -3.0],
+            top_logprobs=[[{"token_id": 1, "logprob": -1.0}], [], []],
+            finish_reason="stop",
+            completion_usage={"total_tokens": 3},
+        )
+
+    def test_without_logprobs_it_stays_without(self) -> None:
+        output = EngineOutput(token_ids=[1])
+        output.extend(EngineOutput(token_ids=[2]))
+        assert output.encode() == {"token_ids": [1, 2]}
 
     def test_an_engine_s_output_always_has_its_tokens(self) -> None:
         """Dynamo's own frontend requires them (LLMEngineOutput in lib/llm/src/protocols/common/llm_backend.rs)."""
@@ -97,10 +116,14 @@ class TestModelIdentity:
 
 class TestEndpointSpec:
     def test_the_endpoints_that_were_asked_for(self) -> None:
-        specs = (CHAT_COMPLETIONS, PROCESS, DESCRIBE_MODEL, FIND_WORKER, WORKERS, GENERATE, DESCRIBE_WORKER, CACHE)
+        ours = (CHAT_COMPLETIONS, PROCESS, COMPLETE, TOKENIZE, DETOKENIZE, DESCRIBE_MODEL)
+        specs = (*ours, FIND_WORKER, WORKERS, GENERATE, DESCRIBE_WORKER, CACHE)
         assert [spec.path for spec in specs] == [
             "inference.frontend.chat_completions",
             "inference.processor.process",
+            "inference.processor.complete",
+            "inference.processor.tokenize",
+            "inference.processor.detokenize",
             "inference.processor.describe",
             "inference.router.find_worker",
             "inference.router.workers",

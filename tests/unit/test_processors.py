@@ -8,7 +8,8 @@ from common.errors import Internal, NotFound, Unavailable
 from common.http import processors as processors_module
 from common.http.processors import Processors
 from common.messages import Failure
-from common.openai_api import DESCRIBE_MODEL, PROCESS, ChatCompletionRequest, ModelCard
+from common.openai_api import DESCRIBE_MODEL, PROCESS, ModelCard
+from common.openai_request import ChatCompletionRequest
 from common.remote import Remote
 from tests.unit.stand_ins import Handler, LocalClient
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from benchmarks.prompts import Prompts
 from benchmarks.trace import TraceRequest
 from common.model import resolve_model
-from common.openai_api import ChatMessage
+from common.openai_request import ChatMessage
 from common.text.chat_model import ChatModel
 
 import pytest
@@ -17,7 +17,8 @@ def model() -> ChatModel:
 
 
 def tokens(model: ChatModel, body: bytes) -> list[int]:
-    return model.encode([ChatMessage(**message) for message in json.loads(body)["messages"]])
+    messages = [ChatMessage(**message) for message in json.loads(body)["messages"]]
+    return model.encode(model.render(messages))
 
 
 def test_prompts_have_the_wanted_length_and_the_wanted_beginning(model: ChatModel) -> None:

@@ -1,0 +1,101 @@
+"""An answer as server-sent events."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+from common.errors import Cancelled, PipelineError
+from common.http.exchange import Exchange
+from common.http.forms import Form
+from common.openai_api import ChatCompletionChunk
+
+import msgspec
+from fastapi import Request, Response
+from starlette.types import Message as ASGIMessage
+from starlette.types import Receive, Scope, Send
+
+COMMENT = b": the answer is being made\n\n"
+CLIENT_SECONDS = 60.0  # for a client to take what it is sent; what waits for it fills the processor's connection to us
+
+
+class EventStream(Response):
+    """Writes events as chunks come. Once it has begun, an error can only be one of them."""
+
+    def __init__(
+        self,
+        first: asyncio.Future[ChatCompletionChunk],
+        rest: AsyncIterator[ChatCompletionChunk],
+        exchange: Exchange,
+        form: Form,
+        *,
+        include_usage: bool,
+        keepalive_seconds: float,
+    ) -> None:
+        """keepalive_seconds: after so long without an event comes a comment, so that no proxy takes the connection for
+        dead; 0: never."""
+        headers = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(headers=headers | exchange.answer_headers)
+        del self.headers["content-length"]
+        self._first = first
+        self._rest = rest
+        self._exchange = exchange
+        self._form = form
+        self._include_usage = include_usage
+        self._keepalive_seconds = keepalive_seconds
+        self._quiet = False  # whether nothing was written since the last look
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        keeping_alive = asyncio.create_task(self._keep_alive())
+        async with self._exchange.stopped_on_disconnect(Request(scope, receive)):
+            try:
+                await self._write_events()
+                await self._write(b"", more=False)
+            except TimeoutError:
+                self._exchange.error = Cancelled(f"the client took nothing for {CLIENT_SECONDS:g} s")
+            finally:
+                keeping_alive.cancel()
+
+    async def _write_events(self) -> None:
+        try:
+            if not self._first.done():
+                await self._write(COMMENT)
+                self._exchange.noted(await self._first)
+            await self._write_chunk(self._first.result())
+            async for chunk in self._rest:
+                await self._write_chunk(self._exchange.noted(chunk))
+            self._exchange.check_finished()
+            await self._write(b"data: [DONE]\n\n")
+        except PipelineError as error:
+            self._exchange.error = error
+            await self._write(event(error.body))
+
+    async def _write_chunk(self, chunk: ChatCompletionChunk) -> None:
+        if self._include_usage:
+            chunk.usage = chunk.usage or None
+        elif not chunk.choices:
+            return
+        await self._write(b"".join(map(event, self._form.events(chunk))))
+
+    async def _write(self, part: bytes, *, more: bool = True) -> None:
+        """Send a part past the layers of the application, of which each would cost time per event.
+
+        Raises TimeoutError if the client does not take it.
+        """
+        self._quiet = False
+        message: ASGIMessage = {"type": "http.response.body", "body": part, "more_body": more}
+        async with asyncio.timeout(CLIENT_SECONDS):
+            await self._exchange.send(message)
+
+    async def _keep_alive(self) -> None:
+        while self._keepalive_seconds:
+            self._quiet = True
+            await asyncio.sleep(self._keepalive_seconds)
+            if self._quiet:
+                with suppress(TimeoutError):
+                    await self._write(COMMENT)
+
+
+def event(data: object) -> bytes:
+    """A server-sent event."""
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"

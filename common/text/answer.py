@@ -1,0 +1,182 @@
+"""One answer on its way from tokens to chunks."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from common.messages import EngineOutput, PromptTokensDetails, RoutingDecision, Usage
+from common.openai_api import (
+    ChatCompletionChunk,
+    ChunkChoice,
+    Delta,
+    FunctionDelta,
+    Logprobs,
+    Routing,
+    TokenLogprob,
+    ToolCallDelta,
+)
+from common.openai_request import GenerationRequest
+from common.text.chat_model import ChatModel
+from common.text.detokenizer import Detokenizer
+from common.text.reasoning import Reasoning
+from common.text.stop_strings import StopStrings
+from common.text.tool_calls import NamedCall, ToolCalls, together
+
+
+@dataclass(slots=True, frozen=True)
+class Completion:
+    """What all chunks of the answers to a request have in common."""
+
+    id: str
+    model: str
+    system_fingerprint: str | None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def chunk(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
+        return ChatCompletionChunk(
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            system_fingerprint=self.system_fingerprint,
+            choices=choices,
+        )
+
+
+class Answer:
+    """Turns what an engine says into chunks: its tokens into text, up to a stop string, and where that was asked for,
+    text into thoughts and tool calls."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        request: GenerationRequest,
+        completion: Completion,
+        *,
+        index: int = 0,
+        reasoning: Reasoning | None = None,
+        tool_calls: ToolCalls | NamedCall | None = None,
+        old_calls: bool = False,
+        begin: str = "",
+    ) -> None:
+        """index: among the answers to the request; old_calls: write tool calls in their old form, `function_call`;
+        begin: text that comes before what the engine says."""
+        self._model = model
+        # Which are no part of the text.
+        self._ends = {*(request.stop_token_ids or ()), *(() if request.ignore_eos else model.eos_token_ids)}
+        keep_special = request.skip_special_tokens is False or bool(reasoning or tool_calls)
+        self._detokenizer = Detokenizer(model.tokenizer, skip_special_tokens=not keep_special)
+        self._stops = StopStrings(request.stop_strings)
+        self._reasoning = reasoning
+        self._tool_calls = tool_calls
+        self._wanted_logprobs = request.wanted_logprobs
+        self._old_calls = old_calls
+        # Then each has its own text: only so is it known which one completed a stop string, and which are thoughts.
+        self._one_by_one = bool(request.stop_strings or reasoning or tool_calls)
+        self._completion = completion
+        self._begun = False
+        self.index = index
+        self.tokens = 0
+        self.logprob = 0.0  # of all tokens together
+        self.prompt_details: PromptTokensDetails | None = None  # some workers say nothing of it
+        self.finish_reason: str | None = None
+        # What the next chunk adds.
+        self._text, self._thoughts = begin, ""
+        self._calls: list[ToolCallDelta] = []
+        self._logprobs: list[TokenLogprob] = []
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return self._reasoning.tokens if self._reasoning and self._reasoning.found else 0
+
+    def add(self, output: EngineOutput, decision: RoutingDecision | None) -> ChatCompletionChunk | None:
+        """The chunk for an engine's output; None if no character is complete yet. Sets `finish_reason` at the end.
+
+        decision: who answers, which the first chunk says.
+        """
+        if not self._begun and output.completion_usage:
+            self.prompt_details = Usage.received(output.completion_usage).prompt_tokens_details
+        before = self.tokens
+        for token_ids in self._portions(output.token_ids):
+            self._add_tokens(token_ids)
+        if output.log_probs is not None:
+            self._note_logprobs(output, self.tokens - before)
+        if self._stops.found:
+            self.finish_reason = "stop"
+        elif output.finish_reason:
+            self.finish_reason = str(output.finish_reason)
+            self._write(self._stops.add(self._detokenizer.flush()) + self._stops.flush())
+        if self.finish_reason:
+            self._flush()
+        return self._chunk(decision)
+
+    def _portions(self, token_ids: Sequence[int]) -> Iterator[Sequence[int]]:
+        if not self._one_by_one:
+            yield token_ids
+            return
+        for token_id in token_ids:
+            if not self._stops.found:  # else the engine was faster than we
+                yield [token_id]
+
+    def _add_tokens(self, token_ids: Sequence[int]) -> None:
+        self.tokens += len(token_ids)
+        self._write(self._stops.add(self._detokenizer.add([token for token in token_ids if token not in self._ends])))
+        if self._reasoning and not self._reasoning.over:
+            self._reasoning.tokens += len(token_ids)
+
+    def _write(self, text: str) -> None:
+        if self._reasoning:
+            thoughts, text = self._reasoning.add(text)
+            self._thoughts += thoughts
+        self._answer(text)
+
+    def _answer(self, text: str) -> None:
+        if self._tool_calls and text:
+            text, calls = self._tool_calls.add(text)
+            self._calls += calls
+        self._text += text
+
+    def _flush(self) -> None:
+        if self._reasoning:
+            thoughts, text = self._reasoning.flush()
+            self._thoughts += thoughts
+            self._answer(text)
+        if self._tool_calls:
+            text, calls = self._tool_calls.flush()
+            self._text += text
+            self._calls += calls
+            if self._tool_calls.found and self.finish_reason == "stop":
+                self.finish_reason = "function_call" if self._old_calls else "tool_calls"
+
+    def _note_logprobs(self, output: EngineOutput, counted: int) -> None:
+        self.logprob += sum((output.log_probs or [])[:counted])
+        if self._wanted_logprobs is not None:
+            entries = zip(output.token_ids, self._model.texts.logprobs(output, self._wanted_logprobs), strict=False)
+            self._logprobs += [entry for token_id, entry in [*entries][:counted] if token_id not in self._ends]
+
+    def _chunk(self, decision: RoutingDecision | None) -> ChatCompletionChunk | None:
+        """The chunk with what has gathered."""
+        text, thoughts, calls = self._text, self._thoughts, self._calls
+        if self._begun and not (text or thoughts or calls or self.finish_reason):
+            return None
+        delta = Delta(content=text or (None if thoughts or calls else ""), reasoning_content=thoughts or None)
+        if calls and self._old_calls:
+            delta.function_call = _old_call([call for call in calls if call.index == 0])
+        elif calls:
+            delta.tool_calls = together(calls)
+        if not self._begun:
+            delta.role = "assistant"
+        choice = ChunkChoice(index=self.index, delta=delta, finish_reason=self.finish_reason)
+        if self._logprobs:
+            choice.logprobs = Logprobs(content=self._logprobs)
+        chunk = self._completion.chunk([choice])
+        if not self._begun and decision:
+            chunk.routing = Routing(worker_id=decision.worker_id, overlap_blocks=decision.overlap_blocks)
+        self._begun = True
+        self._text, self._thoughts, self._calls, self._logprobs = "", "", [], []
+        return chunk
+
+
+def _old_call(calls: Sequence[ToolCallDelta]) -> FunctionDelta | None:
+    """The one call that an answer can have in the old form."""
+    arguments = "".join(call.function.arguments or "" for call in calls)
+    return FunctionDelta(name=calls[0].function.name, arguments=arguments) if calls else None

@@ -1,0 +1,138 @@
+"""The tokens of an answer, from whichever workers they come."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from common.errors import InvalidRequest
+from common.messages import CompletionTokensDetails, EngineOutput, RoutingDecision, Usage
+from common.openai_api import ChatCompletionChunk
+from common.openai_request import GenerationRequest
+from common.text.answer import Answer
+
+
+class Generation:
+    """The tokens of one answer: its prompt, what came so far, and the workers that failed it."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        prompt: list[int],
+        *,
+        index: int = 0,
+        constraint: dict[str, Any] | None = None,
+        logprobs: int | None = None,
+        beside: "Generation | None" = None,
+    ) -> None:
+        """index: among the answers to this prompt; constraint: the form of the answer, as Dynamo's workers take it;
+        logprobs: how many to report for each token; beside: the one for the same prompt whose worker this one wants."""
+        self.request = request
+        self.tokens = list(prompt)
+        self.prompt_tokens = len(prompt)
+        self.index = index
+        self.constraint = constraint
+        self.logprobs = logprobs
+        self.beside = beside
+        self.decision: RoutingDecision | None = None  # who answers now
+        self.decided = asyncio.Event()
+        self.failed: list[int] = []
+        self.finished = False
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def seed(self) -> int | None:
+        """Its own, or all answers to a prompt would be the same one; as a signed number of 64 bits."""
+        if self.request.seed is None:
+            return None
+        return (self.request.seed + self.index + 2**63) % 2**64 - 2**63
+
+    def add(self, output: EngineOutput) -> None:
+        """Take in what a worker says."""
+        self.tokens += output.token_ids
+        self.finished = output.finish_reason is not None
+
+    def limit(self, context_length: int) -> int:
+        """How many tokens the answer may have. Raises InvalidRequest if the context does not hold them."""
+        limit = self.request.token_limit
+        wanted = 1 if limit is None else limit
+        if self.prompt_tokens + wanted > context_length:
+            raise InvalidRequest(
+                f"This model's maximum context length is {context_length} tokens. However, you requested "
+                f"{self.prompt_tokens + wanted} tokens ({self.prompt_tokens} in the {self.request.PROMPT}, {wanted} in "
+                "the completion). Please reduce the length of either.",
+                code="context_length_exceeded",
+                param=self.request.PROMPT,
+            )
+        return context_length - self.prompt_tokens if limit is None else limit
+
+    def check(self, decision: RoutingDecision) -> None:
+        """Raises InvalidRequest if the worker cannot do what was asked for."""
+        if decision.simulated and (self.constraint or self.logprobs is not None or self.request.logit_bias):
+            raise InvalidRequest(
+                f"engine {decision.worker_id} is simulated: its tokens are made up, so it has no logprobs and no "
+                "logit_bias, forces no form on an answer and no tool call; start engines with --backend sglang for that"
+            )
+
+
+def check_ids(prompt: Sequence[int], vocabulary: int) -> None:
+    """Raises InvalidRequest if these token ids cannot be a prompt. vocabulary: how many tokens there are."""
+    if not prompt:
+        raise InvalidRequest("the prompt must not be empty", param="prompt")
+    if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+        raise InvalidRequest(f"the prompt has token ids that are not from 0 to {vocabulary - 1}", param="prompt")
+
+
+def generations_of(
+    request: GenerationRequest, prompts: Sequence[list[int]], each: int, constraint: dict[str, Any] | None
+) -> list[Generation]:
+    """`each` answers to each of `prompts`, those to one prompt on one worker."""
+    logprobs = request.wanted_logprobs
+    if each > (request.n or 1) and logprobs is None:  # to know which are the best
+        logprobs = 0
+    generations = []
+    for prompt in prompts:
+        first = Generation(request, prompt, constraint=constraint, logprobs=logprobs)
+        generations += [first]
+        for index in range(1, each):
+            more = Generation(request, prompt, index=index, constraint=constraint, logprobs=logprobs, beside=first)
+            generations.append(more)
+    return generations
+
+
+def usage_of(generations: Sequence[Generation], answers: Sequence[Answer]) -> Usage:
+    """The tokens of all answers; those of a prompt count once, however many answers it has."""
+    prompt = sum(generation.prompt_tokens for generation in generations if not generation.beside)
+    tokens = sum(answer.tokens for answer in answers)
+    reasoning = sum(answer.reasoning_tokens for answer in answers)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=tokens,
+        total_tokens=prompt + tokens,
+        prompt_tokens_details=answers[0].prompt_details,
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=reasoning) if reasoning else None,
+    )
+
+
+async def best(
+    stream: AsyncGenerator[ChatCompletionChunk], answers: Sequence[Answer], of: int, most: int
+) -> AsyncGenerator[ChatCompletionChunk]:
+    """Yield the chunks of the `most` likeliest answers of each `of` for one prompt, once all are there."""
+    async with aclosing(stream):
+        chunks = [chunk async for chunk in stream]
+    places: dict[int, int] = {}
+    for begin in range(0, len(answers), of):
+        likeliest = sorted(answers[begin : begin + of], key=lambda answer: -answer.logprob / max(1, answer.tokens))
+        places |= {answer.index: len(places) + place for place, answer in enumerate(likeliest[:most])}
+    for chunk in chunks:
+        choices, chunk.choices = chunk.choices, []
+        for choice in choices:
+            if choice.index in places:
+                choice.index = places[choice.index]
+                chunk.choices.append(choice)
+        if chunk.choices or not choices:
+            yield chunk

@@ -64,7 +64,7 @@ from common.remote import Remote
 from common.service import Service, parser, request_id, run
 from common.text.answer import Answer, Completion
 from common.text.chat_model import ChatModel
-from common.text.generation import Generation, best, check_ids, generations_of, usage_of
+from common.text.generation import Generation, best, check_ids, contexts_of, generations_of, usage_of
 from common.text.merged import merged
 from common.text.reasoning import Reasoning
 from common.text.schemas import check_constraint
@@ -201,10 +201,11 @@ class Processor:
         self, generations: Sequence[Generation], answers: Sequence[Answer], completion: Completion, context: Context
     ) -> AsyncGenerator[ChatCompletionChunk]:
         """Yield the chunks of all answers as they come, then the usage."""
-        streams = [self._answer(*pair, context) for pair in zip(generations, answers, strict=True)]
-        async with aclosing(merged(streams)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        async with contexts_of(context, len(answers)) as contexts:
+            streams = [self._answer(*each) for each in zip(generations, answers, contexts, strict=True)]
+            async with aclosing(merged(streams)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         chunk = completion.chunk([])
         chunk.usage = usage_of(generations, answers).encode()
         yield chunk

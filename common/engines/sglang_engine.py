@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import random
 import re
 import secrets
@@ -77,6 +78,8 @@ class SglangEngine:
         model_path: what `resolve_model` found; host: where routers reach this machine; stream_interval: tokens in a
         message; gpu_memory_fraction: of the GPU, None for SGLang to decide; on_sigterm: SGLang takes the signal over.
         """
+        # Else the temperature is part of them, and they say how likely a token was made and not what the model thinks.
+        os.environ.setdefault("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
         import torch
 
         cpu = not torch.cuda.is_available()

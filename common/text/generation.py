@@ -1,8 +1,8 @@
 """The tokens of an answer, from whichever workers they come."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from common.errors import InvalidRequest
@@ -10,6 +10,8 @@ from common.messages import CompletionTokensDetails, EngineOutput, RoutingDecisi
 from common.openai_api import ChatCompletionChunk
 from common.openai_request import GenerationRequest
 from common.text.answer import Answer
+
+from dynamo.runtime import Context
 
 
 class Generation:
@@ -79,6 +81,27 @@ class Generation:
             )
 
 
+@asynccontextmanager
+async def contexts_of(context: Context, count: int) -> AsyncIterator[list[Context]]:
+    """A context for each of `count` streams, of which the runtime would mix up two that have the same. They stop with
+    `context`, and at the end of the block."""
+    others = [context.detached(f"{context.id()}-{number}") for number in range(1, count)]
+
+    async def stop_together() -> None:
+        await context.async_killed_or_stopped()
+        for other in others:
+            other.stop_generating()
+
+    stopping = asyncio.create_task(stop_together()) if others else None
+    try:
+        yield [context, *others]
+    finally:
+        if stopping:
+            stopping.cancel()
+        for other in others:
+            other.stop_generating()
+
+
 def check_ids(prompt: Sequence[int], vocabulary: int) -> None:
     """Raises InvalidRequest if these token ids cannot be a prompt. vocabulary: how many tokens there are."""
     if not prompt:
@@ -109,13 +132,15 @@ def usage_of(generations: Sequence[Generation], answers: Sequence[Answer]) -> Us
     prompt = sum(generation.prompt_tokens for generation in generations if not generation.beside)
     tokens = sum(answer.tokens for answer in answers)
     reasoning = sum(answer.reasoning_tokens for answer in answers)
-    return Usage(
+    usage = Usage(
         prompt_tokens=prompt,
         completion_tokens=tokens,
         total_tokens=prompt + tokens,
         prompt_tokens_details=answers[0].prompt_details,
-        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=reasoning) if reasoning else None,
     )
+    if reasoning:
+        usage.completion_tokens_details = CompletionTokensDetails(reasoning_tokens=reasoning)
+    return usage
 
 
 async def best(

@@ -1,17 +1,30 @@
-"""JSON schemas that an answer is to obey: what an engine's grammar cannot enforce is refused, not forgotten."""
+"""JSON schemas that an answer is to obey: what an engine's grammar does not enforce is refused, not forgotten.
 
+What it enforces was tried keyword by keyword with xgrammar 0.2.7, the grammar back-end of SGLang 0.5.21.
+"""
+
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from common.errors import InvalidRequest
 
-# Those that xgrammar 0.2 skips: its converter of JSON schemas (cpp/json_schema_converter.cc) warns of them, or does not
-# know them.
-_NOT_ENFORCED = {
-    *("not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "contains", "minContains"),
-    *("maxContains", "uniqueItems", "multipleOf", "contentEncoding", "contentMediaType", "contentSchema"),
-    *("$dynamicRef", "$recursiveRef"),
-}
 MAX_INTEGER = 2**53 - 1
+
+_NEVER = {
+    *("not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "contains", "minContains"),
+    *("maxContains", "uniqueItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"),
+}
+# Enforced only in a schema that names its type,
+_OF_NUMBERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+_OF_TEXTS = {"minLength", "maxLength", "pattern", "format"}
+_TYPED = {*_OF_NUMBERS, *_OF_TEXTS, "minItems", "maxItems", "minProperties", "maxProperties"}
+_OTHERS = {
+    *("properties", "required", "additionalProperties", "patternProperties", "propertyNames", "items", "prefixItems"),
+    *_TYPED,
+}
+# and none of them in a schema that has one of these.
+_ALONE = ("$ref", "allOf", "anyOf", "oneOf", "enum", "const")
+
 _NAMES = {"properties", "patternProperties", "$defs", "definitions"}  # under which keys are no keywords
 _VALUES = {"enum", "const", "default", "examples", "example"}  # under which nothing is a schema
 
@@ -19,40 +32,66 @@ _VALUES = {"enum", "const", "default", "examples", "example"}  # under which not
 def check_constraint(constraint: dict[str, Any] | None) -> dict[str, Any] | None:
     """The form of an answer, if an engine can enforce it. Raises InvalidRequest, which names the keyword that it
     cannot."""
-    if constraint and "json" in constraint:
-        _check_schema(constraint["json"])
-        return {"json": _bounded(constraint["json"])}
-    return constraint
-
-
-def _check_schema(schema: Any) -> None:
+    if not constraint or "json" not in constraint:
+        return constraint
     # Imported here, for the requests that need it: it takes a third of a second.
     from jsonschema import Draft202012Validator, SchemaError
 
+    schema = constraint["json"]
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
-        place = _path(error.absolute_path)
-        raise InvalidRequest(f"the JSON schema is not valid at {place}: {error.message}") from error
-    _check_keywords(schema, ())
+        place = "/".join(map(str, error.absolute_path))
+        raise InvalidRequest(f"the JSON schema is not valid at #/{place}: {error.message}") from error
+    for path, inner in _schemas(schema, "#"):
+        if fault := _fault(inner):
+            raise InvalidRequest(f"the JSON schema has {fault} at {path}, which no engine can enforce: leave it out")
+    return {"json": _bounded(schema)}
 
 
-def _check_keywords(schema: Any, path: tuple[str, ...]) -> None:
+def _schemas(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schema in a schema, with its place."""
     if isinstance(schema, list):
         for place, item in enumerate(schema):
-            _check_keywords(item, (*path, str(place)))
+            yield from _schemas(item, f"{path}/{place}")
     if not isinstance(schema, dict):
         return
+    yield path, schema
     for keyword, value in schema.items():
-        if keyword in _NOT_ENFORCED:
-            raise InvalidRequest(
-                f"the JSON schema has {keyword} at {_path(path)}, which no engine can enforce: leave it out"
-            )
         if keyword in _NAMES and isinstance(value, dict):
             for name, inner in value.items():
-                _check_keywords(inner, (*path, keyword, name))
+                yield from _schemas(inner, f"{path}/{keyword}/{name}")
         elif keyword not in _VALUES:
-            _check_keywords(value, (*path, keyword))
+            yield from _schemas(value, f"{path}/{keyword}")
+
+
+def _fault(schema: dict[str, Any]) -> str | None:
+    """What of a schema, without those in it, is not enforced."""
+    keywords = schema.keys()
+    if never := _first(keywords, _NEVER):
+        return never
+    for alone in _ALONE:
+        if alone in keywords and (other := _first(keywords, {*_OTHERS, *_ALONE} - {alone})):
+            return f"{other} beside {alone}"
+    if "type" not in keywords and (typed := _first(keywords, _TYPED)):
+        return f"{typed} without type"
+    if "multipleOf" in keywords and schema["type"] != "integer":
+        return "multipleOf of a number that is no integer"
+    if "pattern" in keywords and (other := _first(keywords, _OF_TEXTS - {"pattern"})):
+        return f"{other} beside pattern"
+    if "properties" in keywords and (other := _first(keywords, {"patternProperties", "propertyNames"})):
+        return f"{other} beside properties"
+    if missing := set(schema.get("required", ())) - schema.get("properties", {}).keys():
+        return f"required {min(missing)}, which is not among the properties,"
+    if len(schema.get("allOf", ())) > 1:
+        return "allOf with more than one schema"
+    if not f"{schema.get('$ref', '#')}/".startswith("#/"):
+        return f"$ref {schema['$ref']}, which does not begin with #/,"
+    return None
+
+
+def _first(keywords: Collection[str], of: set[str]) -> str | None:
+    return next((keyword for keyword in keywords if keyword in of), None)
 
 
 def _bounded(schema: Any) -> Any:
@@ -63,13 +102,9 @@ def _bounded(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     bounded = {keyword: value if keyword in _VALUES else _bounded(value) for keyword, value in schema.items()}
-    if schema.get("type") == "integer" and "enum" not in schema and "const" not in schema:
+    if schema.get("type") == "integer" and not _first(schema, set(_ALONE)):
         if not {"minimum", "exclusiveMinimum"} & schema.keys():
             bounded["minimum"] = -MAX_INTEGER
         if not {"maximum", "exclusiveMaximum"} & schema.keys():
             bounded["maximum"] = MAX_INTEGER
     return bounded
-
-
-def _path(parts: Any) -> str:
-    return "#/" + "/".join(map(str, parts))

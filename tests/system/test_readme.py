@@ -17,6 +17,7 @@ from common.routing.worker import Prompt, Worker
 from tests.system.conftest import REPOSITORY, Pipeline
 
 import pytest
+from openai import OpenAI
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -36,6 +37,13 @@ def test_the_first_answer_is_the_one_that_it_shows(pipeline: Pipeline) -> None:
         _, second = (client.post("/v1/chat/completions", json=json.loads(request)) for _ in range(2))
     assert the_same_always(second.json()) == the_same_always(json.loads(body))
     assert f"x-kv-overlap-blocks: {second.headers['x-kv-overlap-blocks']}\n" in head
+
+
+def test_the_examples_of_the_api_print_what_it_says(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    examples = code("A form for the answer")
+    client = OpenAI(base_url=f"http://127.0.0.1:{pipeline.port}/v1", api_key="any")
+    exec(examples, {"client": client})
+    assert capsys.readouterr().out.splitlines() == re.findall(r"^print\(.*\)  # (.*)$", examples, re.MULTILINE)
 
 
 def the_same_always(answer: dict[str, Any]) -> dict[str, Any]:

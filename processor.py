@@ -268,6 +268,9 @@ class Processor:
                 raise Cancelled("the caller went away")
             raise Internal("it ended its stream without a finish_reason")
         except Unavailable as error:
+            if generation.constraint and generation.generated:  # another worker's grammar would begin anew
+                message = f"worker {decision.worker_id} was lost in the midst of a form that no other can go on with"
+                raise Unavailable(f"{message}; try again: {error}") from error
             generation.failed.append(decision.instance_id)
             message = "request_id=%s migrates from worker %s after %d tokens: %s"
             log.warning(message, request_id(context), decision.worker_id, generation.generated, error)
@@ -286,7 +289,7 @@ class Processor:
             session=_session(metadata.get("x-session-id") or request.prompt_cache_key or request.user),
             priority=_priority(metadata.get("x-priority") or "0"),
             excluded=generation.failed,
-            beside=_instance_of(generation.beside),
+            beside=generation.beside_instance,
         )
 
     def _generate_request(self, generation: Generation, max_tokens: int) -> GenerateRequest:
@@ -322,10 +325,6 @@ async def _aside(characters: int, work: Callable[..., Result], *args: Any, **opt
     if characters < THREAD_CHARACTERS:
         return work(*args, **options)
     return await asyncio.to_thread(work, *args, **options)
-
-
-def _instance_of(generation: Generation | None) -> int | None:
-    return generation.decision.instance_id if generation and generation.decision else None
 
 
 def _finish_reason(reason: str | dict[str, object]) -> str:

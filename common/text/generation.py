@@ -47,6 +47,11 @@ class Generation:
         return len(self.tokens) - self.prompt_tokens
 
     @property
+    def beside_instance(self) -> int | None:
+        """The worker of the other answer to this prompt."""
+        return self.beside.decision.instance_id if self.beside and self.beside.decision else None
+
+    @property
     def seed(self) -> int | None:
         """Its own, or all answers to a prompt would be the same one; as a signed number of 64 bits."""
         if self.request.seed is None:

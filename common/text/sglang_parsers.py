@@ -1,7 +1,7 @@
 """SGLang's parsers of what models write, without the rest of SGLang.
 
 `import sglang` loads torch and triton: ten seconds and hundreds of megabytes. The parsers need neither. So the packages
-are entered without running their `__init__`, which takes a second and 40 MB, and only once a parser is asked for.
+are entered without running their `__init__`: half a second and 25 MB, and only once a parser is asked for.
 """
 
 import functools

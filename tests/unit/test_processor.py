@@ -449,6 +449,12 @@ class TestMigration:
         pipeline.ask(min_tokens=3)
         assert [request.stop_conditions.min_tokens for request in pipeline.generated] == [3, 1, None]
 
+    def test_a_form_that_has_begun_is_not_begun_again(self) -> None:
+        again: Script = [output(B, finish_reason="stop")]
+        with pytest.raises(Unavailable, match="in the midst of a form"):
+            Pipeline([output(A), DEAD], again).ask(response_format={"type": "json_object"})
+        assert text(Pipeline([DEAD], again).ask(response_format={"type": "json_object"})) == "b"
+
     def test_each_decision_is_let_go_when_its_worker_has_failed(self) -> None:
         pipeline = Pipeline([DEAD], [output(A, finish_reason="stop")])
         pipeline.ask()

@@ -15,9 +15,11 @@ from typing import Any
 
 from common.engines.die_with_parent import die_with
 from common.engines.ports import free_ports
+from common.model import DEFAULT_MODEL
 from scripts.part import etcd_command
 
 import httpx
+import openai
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -105,6 +107,9 @@ class Cluster:
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE)
 
+    def openai(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="any", max_retries=0)
+
     def instances(self) -> dict[str, int]:
         """How many instances of each stage the frontend knows; none while there is no frontend."""
         try:
@@ -185,6 +190,51 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
             pipeline.start(program)
         pipeline.wait_for_instances(processor=1, router=1, engine=2)
         pipeline.run("observer", sys.executable, "-m", "tests.system.observe").wait_for('"worker"', 2)
+        yield pipeline
+    finally:
+        pipeline.close()
+
+
+# One that knows tools, and shows what it was given of them.
+TEMPLATE = """{% if tools %}<|im_start|>tools
+{{ tools | tojson }}<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message | tojson }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking %}<think>
+{% endif %}{% endif %}"""
+# By the names of models: how they write tool calls and thoughts.
+PARSERS = {
+    "hermes": ("hermes", "none"),
+    "llama3": ("llama3", "none"),
+    "mistral": ("mistral", "none"),
+    "pythonic": ("pythonic", "none"),
+    "thinker": ("hermes", "qwen3"),
+}
+
+
+@pytest.fixture(scope="session")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    """The pipeline with two workers that say what they are told, for models that write calls in each of the ways."""
+    pipeline = Pipeline(tmp_path_factory.mktemp("scripted"))
+    model = pipeline.folder / "model"
+    model.mkdir()
+    for file in DEFAULT_MODEL.iterdir():
+        (model / file.name).symlink_to(file)
+    (model / "chat_template.jinja").unlink()
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    try:
+        pipeline.start("router")
+        pipeline.start("frontend")
+        for name, (calls, thoughts) in PARSERS.items():
+            parsers = ("--tool-call-parser", calls, "--reasoning-parser", thoughts)
+            pipeline.start(
+                "processor", "--model", str(model), "--model-name", name, "--coalesce-ms", "0", *parsers, name=name
+            )
+        for number in ("0", "1"):
+            command = (sys.executable, "-m", "tests.system.scripted_worker", "--model", str(model))
+            pipeline.run(f"worker-{number}", *command)
+        pipeline.wait_for_instances(processor=len(PARSERS), router=1, engine=2)
         yield pipeline
     finally:
         pipeline.close()

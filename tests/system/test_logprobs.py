@@ -7,7 +7,7 @@ from typing import Any
 
 from common.model import DEFAULT_MODEL
 from common.text.token_texts import TokenTexts
-from tests.system.conftest import Pipeline, events
+from tests.system.conftest import REPOSITORY, Pipeline, events
 
 import pytest
 from tokenizers import Tokenizer
@@ -48,44 +48,75 @@ def text_of(entries: list[dict[str, Any]]) -> str:
     return b"".join(bytes(entry["bytes"]) for entry in entries).decode(errors="replace")
 
 
-def by_transformers(*pairs: tuple[list[int], list[int]]) -> list[list[float]]:
-    """The logprobs of each answer to its prompt."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.system.logprobs", str(DEFAULT_MODEL)]
-    done = subprocess.run(command, input=json.dumps(pairs), capture_output=True, text=True, check=True)
-    return [logprobs for logprobs, _ in json.loads(done.stdout)]
+class Compared:
+    """Answers, to be compared with transformers in one go: it takes long to start."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[list[int], list[int]]] = []
+        self._ours: list[list[dict[str, Any]]] = []
+
+    def note(self, prompt: list[int], entries: list[dict[str, Any]]) -> None:
+        assert len(entries) > 3
+        self._pairs.append((prompt, ids_of(entries)))
+        self._ours.append(entries)
+
+    def compare(self) -> None:
+        command = [sys.executable, str(REPOSITORY / "tests/system/reference.py"), str(DEFAULT_MODEL)]
+        done = subprocess.run(command, input=json.dumps(self._pairs), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        for entries, theirs in zip(self._ours, json.loads(done.stdout), strict=True):
+            assert [entry["logprob"] for entry in entries] == pytest.approx(theirs["logprobs"], abs=CLOSE)
+            for entry, top_ids, top in zip(entries, theirs["top_ids"], theirs["top_logprobs"], strict=True):
+                ours = entry["top_logprobs"][: len(top)]
+                assert [one["logprob"] for one in ours] == pytest.approx(top, abs=CLOSE)
+                # In any order: some are as likely as each other.
+                assert all(one["logprob"] <= top[-1] + CLOSE for one in ours if ids_of([one])[0] not in top_ids)
 
 
 class TestEqualThoseOfTransformers:
-    """One process of transformers for all of them: it takes long to start."""
+    def test_in_chat_and_in_completions(self, pipeline: Pipeline) -> None:
+        compared = Compared()
+        self._chat(pipeline, compared)
+        self._completions(pipeline, compared)
+        compared.compare()
 
-    def test_in_chat_and_in_completions_greedy_and_wild_whole_and_streamed(self, pipeline: Pipeline) -> None:
-        chat, complete = prompt_ids(pipeline, messages=MESSAGES), prompt_ids(pipeline, prompt="The router")
-        pairs: list[tuple[list[int], list[int]]] = []
-        ours: list[list[float]] = []
-
-        def note(prompt: list[int], tokens: list[int], logprobs: list[float]) -> None:
-            assert len(tokens) > 3
-            pairs.append((prompt, tokens))
-            ours.append(logprobs)
-
+    def _chat(self, pipeline: Pipeline, compared: Compared) -> None:
+        """Greedy and sampled, whole and streamed."""
+        prompt = prompt_ids(pipeline, messages=MESSAGES)
         sampled: dict[str, Any] = {"temperature": 2, "seed": 5, "max_tokens": 40}
         kinds: list[dict[str, Any]] = [{}, sampled, {**sampled, "n": 2}, {"stop": ["5"], "max_tokens": 40}]
         for fields in kinds:
-            asked = {"logprobs": True, **fields}
+            asked = {"logprobs": True, "top_logprobs": 3, **fields}
             for choice in pipeline.ask(QUESTION, **asked).json()["choices"]:
-                entries = choice["logprobs"]["content"]
-                note(chat, ids_of(entries), [entry["logprob"] for entry in entries])
+                compared.note(prompt, choice["logprobs"]["content"])
             chunks = [choice for chunk in pipeline.stream(QUESTION, **asked) for choice in chunk["choices"]]
             for index in {choice["index"] for choice in chunks}:
                 parts = [part["logprobs"]["content"] for part in chunks if part["index"] == index and part["logprobs"]]
                 assert max(map(len, parts)) > 1, "several tokens in one chunk"
-                entries = [entry for part in parts for entry in part]
-                note(chat, ids_of(entries), [entry["logprob"] for entry in entries])
-        for choice in completions(pipeline, prompt="The router", logprobs=0, n=2)["choices"]:
-            logprobs = choice["logprobs"]
-            note(complete, [IDS[token.encode()] for token in logprobs["tokens"]], logprobs["token_logprobs"])
-        for mine, theirs in zip(ours, by_transformers(*pairs), strict=True):
-            assert mine == pytest.approx(theirs, abs=CLOSE)
+                compared.note(prompt, [entry for part in parts for entry in part])
+
+    def _completions(self, pipeline: Pipeline, compared: Compared) -> None:
+        """Whose form is an older one."""
+        text = "The router"
+        for choice in completions(pipeline, prompt=text, logprobs=3, n=2)["choices"]:
+            given = choice["logprobs"]
+            assert "".join(given["tokens"]) == choice["text"]
+            assert all(
+                choice["text"].startswith(*place) for place in zip(given["tokens"], given["text_offset"], strict=True)
+            )
+            compared.note(
+                prompt_ids(pipeline, prompt=text),
+                [
+                    {
+                        "bytes": [*token.encode()],
+                        "logprob": logprob,
+                        "top_logprobs": [{"bytes": [*one.encode()], "logprob": value} for one, value in top.items()],
+                    }
+                    for token, logprob, top in zip(
+                        given["tokens"], given["token_logprobs"], given["top_logprobs"], strict=True
+                    )
+                ],
+            )
 
 
 class TestBelongToTheText:

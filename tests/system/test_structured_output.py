@@ -217,6 +217,16 @@ class TestSchemas:
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             assert list(pool.map(streamed, names)) == [answers[name][0] for name in names]
 
+    def test_there_is_no_idle_white_space(self, answers: dict[str, tuple[str, str]]) -> None:
+        for name in ("nested", "array of objects", "order"):
+            text, _ = answers[name]
+            assert text == json.dumps(json.loads(text), ensure_ascii=False)
+
+    def test_strict_or_not_they_are_the_same(self, pipeline: Pipeline) -> None:
+        plain, strict = form(SCHEMAS["nested"]), form(SCHEMAS["nested"])
+        strict["response_format"]["json_schema"]["strict"] = True
+        assert pipeline.answer(max_tokens=TOKENS, **plain) == pipeline.answer(max_tokens=TOKENS, **strict)
+
     def test_at_any_temperature(self, pipeline: Pipeline) -> None:
         schema = SCHEMAS["order"]
         body = pipeline.ask(n=8, temperature=2, seed=1, max_tokens=TOKENS, **form(schema)).json()

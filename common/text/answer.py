@@ -63,8 +63,11 @@ class Answer:
         self._model = model
         # Which are no part of the text.
         self._ends = {*(request.stop_token_ids or ()), *(() if request.ignore_eos else model.eos_token_ids)}
-        keep_special = request.skip_special_tokens is False or bool(reasoning or tool_calls)
-        self._detokenizer = Detokenizer(model.tokenizer, skip_special_tokens=not keep_special)
+        # Calls and thoughts can be marked by special tokens, which are no part of the text around them either.
+        marked = bool(reasoning or tool_calls)
+        keep_special = request.skip_special_tokens is False
+        self._detokenizer = Detokenizer(model.tokenizer, skip_special_tokens=not (marked or keep_special))
+        self._hidden = model.special_tokens if marked and not keep_special else None
         self._stops = StopStrings(request.stop_strings)
         self._reasoning = reasoning
         self._tool_calls = tool_calls
@@ -133,7 +136,7 @@ class Answer:
         if self._tool_calls and text:
             text, calls = self._tool_calls.add(text)
             self._calls += calls
-        self._text += text
+        self._text += self._hidden.sub("", text) if self._hidden else text
 
     def _flush(self) -> None:
         if self._reasoning:
@@ -142,7 +145,7 @@ class Answer:
             self._answer(text)
         if self._tool_calls:
             text, calls = self._tool_calls.flush()
-            self._text += text
+            self._text += self._hidden.sub("", text) if self._hidden else text
             self._calls += calls
             if self._tool_calls.found and self.finish_reason == "stop":
                 self.finish_reason = "function_call" if self._old_calls else "tool_calls"
@@ -166,7 +169,7 @@ class Answer:
         if not self._begun:
             delta.role = "assistant"
         choice = ChunkChoice(index=self.index, delta=delta, finish_reason=self.finish_reason)
-        if self._logprobs:
+        if self._logprobs or (self._wanted_logprobs is not None and not self._begun):
             choice.logprobs = Logprobs(content=self._logprobs)
         chunk = self._completion.chunk([choice])
         if not self._begun and decision:

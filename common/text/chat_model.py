@@ -68,7 +68,8 @@ class ChatModel:
         self._reserved = parameters.keys() - {"documents", "kwargs"}  # no variables of templates
         self.parsers = sglang_parsers.choose(tool_call_parser, reasoning_parser, self._template)
         special = [str(token) for token in self._template.added_tokens_decoder.values() if token.special and str(token)]
-        self._special = re.compile("|".join(map(re.escape, [] if allow_special_tokens else special)) or "(?!)")
+        self.special_tokens = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self._allow_special_tokens = allow_special_tokens
         self._sampling: Any = {
             name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k", "min_p")
         }
@@ -115,8 +116,10 @@ class ChatModel:
 
     def _cut(self, value: Any) -> Any:
         """What a client wrote, with each special token in it cut into its characters."""
+        if self._allow_special_tokens:
+            return value
         if isinstance(value, str):
-            return self._special.sub(lambda found: _CUT.join(["", *found[0], ""]), value)
+            return self.special_tokens.sub(lambda found: _CUT.join(["", *found[0], ""]), value)
         if isinstance(value, list):
             return [self._cut(item) for item in value]
         if isinstance(value, dict):

@@ -1,29 +1,37 @@
 """JSON schemas that an answer is to obey: what an engine's grammar does not enforce is refused, not forgotten.
 
-What it enforces was tried keyword by keyword with xgrammar 0.2.7, the grammar back-end of SGLang 0.5.21.
+What it enforces was tried keyword by keyword with xgrammar 0.2.7, the grammar back-end of SGLang 0.5.21. It takes oneOf
+for anyOf, and a pattern for that of the whole text.
 """
 
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from common.errors import InvalidRequest
 
 MAX_INTEGER = 2**53 - 1
+MAX_SCHEMAS, MAX_VALUES = 1000, 1000  # in one, and in an enum: to make a grammar of more takes seconds
 
 _NEVER = {
     *("not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "contains", "minContains"),
-    *("maxContains", "uniqueItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"),
+    *("maxContains", "uniqueItems", "multipleOf", "unevaluatedProperties", "$dynamicRef", "$recursiveRef"),
 }
 # Enforced only in a schema that names its type,
-_OF_NUMBERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+_OF_NUMBERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _OF_TEXTS = {"minLength", "maxLength", "pattern", "format"}
-_TYPED = {*_OF_NUMBERS, *_OF_TEXTS, "minItems", "maxItems", "minProperties", "maxProperties"}
+_OF_OBJECTS = {"minProperties", "maxProperties", "patternProperties", "propertyNames"}
+_TYPED = {*_OF_NUMBERS, *_OF_TEXTS, *_OF_OBJECTS, "minItems", "maxItems"}
 _OTHERS = {
-    *("properties", "required", "additionalProperties", "patternProperties", "propertyNames", "items", "prefixItems"),
+    *("properties", "required", "additionalProperties", "items", "prefixItems"),
     *_TYPED,
 }
 # and none of them in a schema that has one of these.
 _ALONE = ("$ref", "allOf", "anyOf", "oneOf", "enum", "const")
+
+# In a pattern, what is written as it is and makes no JSON, and what looks around.
+_UNREAD = re.compile(r"""["]|\\[\\nrtfvxu0c]|\(\?(?:[=!]|<[=!])""")
 
 _NAMES = {"properties", "patternProperties", "$defs", "definitions"}  # under which keys are no keywords
 _VALUES = {"enum", "const", "default", "examples", "example"}  # under which nothing is a schema
@@ -43,8 +51,13 @@ def check_constraint(constraint: dict[str, Any] | None) -> dict[str, Any] | None
     except SchemaError as error:
         place = "/".join(map(str, error.absolute_path))
         raise InvalidRequest(f"the JSON schema is not valid at #/{place}: {error.message}") from error
-    for path, inner in _schemas(schema, "#"):
-        if fault := _fault(inner):
+    schemas = dict(islice(_schemas(schema, "#"), MAX_SCHEMAS))
+    if len(schemas) == MAX_SCHEMAS or any(len(inner.get("enum", ())) > MAX_VALUES for inner in schemas.values()):
+        raise InvalidRequest(
+            f"the JSON schema is too large: {MAX_SCHEMAS} schemas and {MAX_VALUES} values are too many"
+        )
+    for path, inner in schemas.items():
+        if fault := _fault(inner) or _endless(path, schemas):
             raise InvalidRequest(f"the JSON schema has {fault} at {path}, which no engine can enforce: leave it out")
     return {"json": _bounded(schema)}
 
@@ -68,19 +81,21 @@ def _schemas(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _fault(schema: dict[str, Any]) -> str | None:
     """What of a schema, without those in it, is not enforced."""
     keywords = schema.keys()
-    if never := _first(keywords, _NEVER):
+    if never := _first([keyword for keyword in keywords if schema[keyword] is not False], _NEVER):
         return never
     for alone in _ALONE:
         if alone in keywords and (other := _first(keywords, {*_OTHERS, *_ALONE} - {alone})):
             return f"{other} beside {alone}"
     if "type" not in keywords and (typed := _first(keywords, _TYPED)):
         return f"{typed} without type"
-    if "multipleOf" in keywords and schema["type"] != "integer":
-        return "multipleOf of a number that is no integer"
     if "pattern" in keywords and (other := _first(keywords, _OF_TEXTS - {"pattern"})):
         return f"{other} beside pattern"
-    if "properties" in keywords and (other := _first(keywords, {"patternProperties", "propertyNames"})):
-        return f"{other} beside properties"
+    if len(keywords & {"properties", "patternProperties", "propertyNames"}) > 1:
+        return f"{_first(keywords, {'patternProperties', 'propertyNames'})} beside properties or their like"
+    if found := _UNREAD.search(str(schema.get("pattern", ""))):
+        return f"a pattern with {found[0]}"
+    if "type" in keywords and (clash := _clash(schema)):
+        return f"{clash} with another type than beside it"
     if missing := set(schema.get("required", ())) - schema.get("properties", {}).keys():
         return f"required {min(missing)}, which is not among the properties,"
     if len(schema.get("allOf", ())) > 1:
@@ -88,6 +103,29 @@ def _fault(schema: dict[str, Any]) -> str | None:
     if not f"{schema.get('$ref', '#')}/".startswith("#/"):
         return f"$ref {schema['$ref']}, which does not begin with #/,"
     return None
+
+
+def _endless(path: str, schemas: Mapping[str, dict[str, Any]]) -> str | None:
+    """A reference that leads to itself and to nothing else. schemas: by their places."""
+    seen = set[str]()
+    while (schema := schemas.get(path)) and "$ref" in schema:
+        if path in seen:
+            return f"$ref {schema['$ref']}, which leads back to itself,"
+        seen.add(path)
+        path = schema["$ref"]
+    return None
+
+
+def _clash(schema: dict[str, Any]) -> str | None:
+    """What of a schema is not of the type that it names."""
+    from jsonschema import Draft202012Validator
+
+    typed, kind = Draft202012Validator({"type": schema["type"]}), schema["type"]
+    values = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else [])]
+    if not all(map(typed.is_valid, values)):
+        return "a value"
+    branches = (branch for alone in ("allOf", "anyOf", "oneOf") for branch in schema.get(alone, ()))
+    return None if all(branch is True or branch.get("type", kind) == kind for branch in branches) else "a schema"
 
 
 def _first(keywords: Collection[str], of: set[str]) -> str | None:

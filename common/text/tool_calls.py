@@ -50,7 +50,7 @@ class ToolCalls:
         plain, deltas = "", []
         while True:  # it may say the name of a call first, and its arguments when asked again
             normal, items = self._parse(text)
-            deltas += [self._delta(item.tool_index, item.name, item.parameters) for item in items]
+            deltas += [self._delta(item.tool_index, item.name, _arguments(item.parameters)) for item in items]
             # Around a call, parsers give out what belongs to it, and they drop text that looks like one. So from where
             # theirs is not the model's text, and from the first call, it waits for the end.
             if not self._sent and self._text.startswith(self._given + normal):
@@ -63,8 +63,8 @@ class ToolCalls:
     def flush(self) -> tuple[str, list[ToolCallDelta]]:
         """What was held back."""
         normal, calls = self._whole()
-        if not calls and not self._sent:
-            normal = self._text
+        if not calls:
+            normal = "" if self._sent else self._text
         deltas = []
         for index, call in enumerate(calls):
             sent = self._sent[index].arguments if index < len(self._sent) else ""
@@ -87,7 +87,7 @@ class ToolCalls:
         try:
             if self._name:
                 result = self._parser().detect_and_parse(self._text, self._tools)
-                return result.normal_text, [_Call(item.name, item.parameters) for item in result.calls]
+                return result.normal_text, [_Call(item.name, _arguments(item.parameters)) for item in result.calls]
             written = json.loads(self._text)
             calls = written if isinstance(written, list) else [written]
             return "", [_Call(call["name"], json.dumps(call["parameters"], ensure_ascii=False)) for call in calls]
@@ -107,6 +107,11 @@ class ToolCalls:
         if not self._name:
             return sglang_parsers.json_calls().JsonArrayParser()
         return sglang_parsers.function_calls().FunctionCallParser(self._tools, self._name).detector
+
+
+def _arguments(written: str) -> str:
+    """Arguments as clients expect them: a function without any has an empty object of them."""
+    return "{}" if written == "null" else written
 
 
 class NamedCall:

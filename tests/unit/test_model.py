@@ -159,7 +159,7 @@ class TestSpecialTokens:
         assert self.special(model, text) == [self.START, self.END]
 
     def test_no_cut_makes_another_one(self, model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(model, "_special", re.compile("<x|x>"))
+        monkeypatch.setattr(model, "special_tokens", re.compile("<x|x>"))
         assert model.encode(model._cut("<x>")) == model.encode("<") + model.encode("x") + model.encode(">")
 
     @pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "add_generation_prompt"])

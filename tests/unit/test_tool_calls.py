@@ -124,6 +124,18 @@ def test_of_a_half_call_what_is_there_goes_on_once(
             assert whole.startswith(sent) or isinstance(json.loads(sent), dict), (end, sent)
 
 
+def test_a_call_with_broken_arguments_is_not_text_too() -> None:
+    broken = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "a",}}\n</tool_call> tail'
+    for pieces in parted(broken):
+        text, calls = found("hermes", pieces)
+        assert (text, [name for name, _ in calls]) in [(broken, []), ("", ["get_weather"])], pieces
+
+
+def test_no_arguments_are_an_empty_object() -> None:
+    for pieces in parted('<tool_call>\n{"name": "stop", "arguments": null}\n</tool_call>'):
+        assert found("hermes", pieces) == ("", [("stop", "{}")]), pieces
+
+
 def test_arguments_come_while_they_are_written() -> None:
     tool_calls = ToolCalls([WEATHER], "hermes")
     parts = [delta for character in HERMES for delta in tool_calls.add(character)[1]]

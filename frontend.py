@@ -68,6 +68,7 @@ from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class Frontend:
         self._strict_fields = strict_fields
         self._noted_fields: set[str] = set()
 
-    def app(self, cors_origins: Sequence[str] = ()) -> Exchanges:
+    def app(self, cors_origins: Sequence[str] = ()) -> ASGIApp:
         """The HTTP application."""
         app = FastAPI(title="Inference pipeline", description=__doc__)
         app.router.route_class = JsonRoute
@@ -145,17 +146,16 @@ class Frontend:
         app.add_api_route("/workers", self.get_workers, responses=errors(503))
         app.add_api_route("/health", self.get_health, response_model=Health, responses={503: {"model": Health}})
         app.add_api_route("/live", self.get_live)
-        if cors_origins:
-            app.add_middleware(
-                CORSMiddleware,
-                allow_origins=cors_origins,
-                allow_methods=["*"],
-                allow_headers=["*"],
-                expose_headers=[
-                    *("x-request-id", "x-worker-id", "x-kv-overlap-blocks", "x-ignored-fields", "retry-after")
-                ],
-            )
-        return Exchanges(app, self._service.in_progress)
+        exchanges = Exchanges(app, self._service.in_progress)
+        if not cors_origins:
+            return exchanges
+        return CORSMiddleware(  # around all, for a page is to read errors too
+            exchanges,
+            allow_origins=cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-worker-id", "x-kv-overlap-blocks", "x-ignored-fields", "retry-after"],
+        )
 
     async def chat_completions(
         self, completion_request: ChatCompletionRequest, context: Context

@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from typing import Any, Self, cast
 
 from common.errors import NotFound
-from common.http.exchange import Exchanges
 from common.messages import WORKERS, PromptTokensDetails, Usage
 from common.openai_api import (
     DETOKENIZE,
@@ -146,7 +145,7 @@ class Door:
             keepalive_seconds=keepalive_seconds,
             strict_fields=strict_fields,
         )
-        self.app: Exchanges = self.frontend.app(cors_origins)
+        self.app: Any = self.frontend.app(cors_origins)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return self.request("GET", path, **options)

@@ -229,7 +229,7 @@ class TestAnswer:
     def test_no_layer_of_the_application_sees_the_events(self) -> None:
         """Each would cost time for every token."""
         seen = list[str]()
-        door = Door(cors_origins=["*"])
+        door = Door()
         inner: Any = door.app._app
 
         async def spy(scope: Scope, receive: Receive, send: Send) -> None:
@@ -239,8 +239,8 @@ class TestAnswer:
 
             await inner(scope, receive, spying)
 
-        door.app._app = spy  # type: ignore[assignment]
-        assert events(door.post(STREAM, headers={"origin": "http://page"}))[-1] == "[DONE]"
+        door.app._app = spy
+        assert events(door.post(STREAM))[-1] == "[DONE]"
         assert seen == ["http.response.start"]
 
     @pytest.mark.parametrize("body", [HELLO, STREAM])
@@ -635,6 +635,15 @@ class TestCors:
         assert headers["access-control-allow-origin"] == "http://page"
         exposed = headers["access-control-expose-headers"]
         assert {name.strip() for name in exposed.split(",")} >= {"x-request-id", "x-worker-id", "x-kv-overlap-blocks"}
+
+    @pytest.mark.parametrize("header", [{"x-request-id": "two words"}, {"expect": "wonders"}])
+    def test_also_those_to_what_was_refused_at_the_door(self, header: dict[str, str]) -> None:
+        answer = Door(cors_origins=["*"]).post(headers={"origin": "http://page", **header})
+        assert (answer.status_code >= 400, answer.headers["access-control-allow-origin"]) == (True, "*")
+
+    def test_also_those_to_our_own_faults(self) -> None:
+        answer = Door(raises(RuntimeError("x")), cors_origins=["*"]).post(headers={"origin": "http://page"})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (500, "*")
 
 
 class TestLog:

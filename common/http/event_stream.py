@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
-from common.errors import Cancelled, PipelineError
+from common.errors import Cancelled, Internal, PipelineError
 from common.http.exchange import Exchange
 from common.http.forms import Form
 from common.openai_api import ChatCompletionChunk
@@ -69,6 +69,11 @@ class EventStream(Response):
         except PipelineError as error:
             self._exchange.error = error
             await self._write(event(error.body))
+        except TimeoutError:
+            raise
+        except Exception as error:  # a fault of this program, which the log will name
+            await self._write(event(Internal(f"{type(error).__name__}: {error}").body))
+            raise
 
     async def _write_chunk(self, chunk: ChatCompletionChunk) -> None:
         if self._include_usage:

@@ -541,6 +541,7 @@ class TestErrors:
         async def scenario(client: Connection) -> None:
             assert (await client.next())["status"] == 200
             assert await client.content() == "one"
+            assert (await client.event())["error"]["message"] == "ZeroDivisionError: by nothing"
             await client.end()
             assert client.unread == 0  # nothing says that it is complete, and so the server closes the connection
 

@@ -59,6 +59,7 @@ from common.openai_request import (
     DetokenizeRequest,
     GenerationRequest,
     TokenizeRequest,
+    characters,
 )
 from common.remote import Remote
 from common.service import Service, parser, request_id, run
@@ -67,7 +68,7 @@ from common.text.chat_model import ChatModel
 from common.text.generation import Generation, best, check_ids, contexts_of, generations_of, usage_of
 from common.text.merged import merged
 from common.text.reasoning import Reasoning
-from common.text.schemas import check_constraint
+from common.text.schemas import checked
 from common.text.tool_calls import constraint_of, tool_calls_of
 
 from dynamo.llm import compute_block_hash_for_seq
@@ -115,10 +116,18 @@ class Processor:
         """
         self._check_model(request)
         parsers = self._model.parsers
-        constraint = check_constraint(constraint_of(request, parsers.tool_calls))
-        text, prompt = await _aside(request.characters, self._prompt, request)
+        constraint = await checked(constraint_of(request, parsers.tool_calls))
+        text, prompt = await _aside(
+            characters(request.messages),
+            self._prompt,
+            request.messages,
+            request.template_tools,
+            request.template_variables,
+            answer=request.add_generation_prompt is not False,
+            go_on=request.continue_final_message,
+        )
         completion = Completion(f"chatcmpl-{context.id()}", self._model.name, self._fingerprint)
-        generations = generations_of(request, [prompt], request.n or 1, constraint)
+        generations = generations_of(request, [prompt], constraint)
         answers = [
             Answer(
                 self._model,
@@ -138,19 +147,19 @@ class Processor:
     async def complete(self, request: CompletionRequest, context: Context) -> AsyncIterator[ChatCompletionChunk]:
         """Yield the answers to a text completion request, as `process` does: for each prompt those to it, in order."""
         self._check_model(request)
-        constraint = check_constraint(request.constraint)
+        constraint = await checked(request.constraint)
         prompts = [await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
         for prompt in prompts:
             check_ids(prompt, self._model.tokenizer.get_vocab_size())
         completion = Completion(f"cmpl-{context.id()}", self._model.name, self._fingerprint)
-        generations = generations_of(request, prompts, request.best_of or request.n or 1, constraint)
+        generations = generations_of(request, prompts, constraint)
         begins = [self._begin(request, generation) for generation in generations]
         answers = [
             Answer(self._model, request, completion, index=index, begin=begin) for index, begin in enumerate(begins)
         ]
         stream = self._answers(generations, answers, completion, context)
-        if request.best_of and request.best_of > (request.n or 1):
-            stream = best(stream, answers, request.best_of, request.n or 1)
+        if request.drafts > request.choices:
+            stream = best(stream, answers, request.drafts, request.choices)
         async with aclosing(stream) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -158,9 +167,9 @@ class Processor:
     async def tokenize(self, request: TokenizeRequest, context: Context) -> AsyncIterator[Tokens]:
         """Yield the tokens of a text or a conversation."""
         if request.messages:
-            tools, variables = request.tools or (), request.chat_template_kwargs
-            text = self._model.render(request.messages, tools, variables, answer=request.add_generation_prompt)
-            tokens = self._model.encode(text)
+            conversation = (request.messages, request.tools or (), request.chat_template_kwargs)
+            answer = request.add_generation_prompt
+            _, tokens = await _aside(characters(request.messages), self._prompt, *conversation, answer=answer)
         else:
             tokens = await self._encode(request.prompt or "", special=request.add_special_tokens)
         strings = [self._model.texts.text_of(token) for token in tokens] if request.return_token_strs else None
@@ -178,15 +187,9 @@ class Processor:
                 param="model",
             )
 
-    def _prompt(self, request: ChatCompletionRequest) -> tuple[str, list[int]]:
-        """The conversation as the model reads it, as text and as token ids."""
-        text = self._model.render(
-            request.messages,
-            request.template_tools,
-            request.template_variables,
-            answer=request.add_generation_prompt is not False,
-            go_on=request.continue_final_message,
-        )
+    def _prompt(self, *conversation: Any, **options: Any) -> tuple[str, list[int]]:
+        """What `ChatModel.render` makes of a conversation, and its token ids."""
+        text = self._model.render(*conversation, **options)
         return text, self._model.encode(text)
 
     async def _encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -395,12 +398,8 @@ def arguments() -> argparse.ArgumentParser:
     options = parser(__doc__)
     add_options(options)
     Coalescer.add_option(options)
-    options.add_argument(
-        "--tool-call-parser", default="auto", help="SGLang's for this model; auto: by its chat template; or none"
-    )
-    options.add_argument(
-        "--reasoning-parser", default="auto", help="SGLang's for this model; auto: by its chat template; or none"
-    )
+    for name in ("--tool-call-parser", "--reasoning-parser"):
+        options.add_argument(name, default="auto", help="SGLang's for this model; auto: by its chat template; or none")
     options.add_argument(
         "--allow-special-tokens", action="store_true", help="let clients write special tokens into their messages"
     )

@@ -52,7 +52,7 @@ class _Body(_Open):
     @property
     def ignored(self) -> list[str]:
         """The fields that were given and have no type here, such as `stream_options.colour`."""
-        bodies = [(name, getattr(self, name)) for name in type(self).model_fields if name in self.model_fields_set]
+        bodies = ((name, getattr(self, name)) for name in sorted(self.model_fields_set))
         nested = (f"{name}.{inner}" for name, body in bodies if isinstance(body, _Body) for inner in body.ignored)
         return [*(self.model_extra or ()), *nested]
 
@@ -129,6 +129,11 @@ class ChatMessage(_Open):
             calls = zip(message["tool_calls"], self.tool_calls, strict=True)
             message["tool_calls"] = [{**call, "function": sent.function.template_form} for call, sent in calls]
         return message
+
+
+def characters(messages: Sequence[ChatMessage]) -> int:
+    """How long a conversation is, about."""
+    return sum(len(message.text) for message in messages)
 
 
 class StreamOptions(_Body):
@@ -293,9 +298,19 @@ class GenerationRequest(_Body):
         return self.model_dump(exclude_unset=True, by_alias=True)
 
     @property
+    def choices(self) -> int:
+        """How many answers each prompt gets."""
+        return self.n or 1
+
+    @property
+    def drafts(self) -> int:
+        """How many are made of which these are chosen."""
+        return self.choices
+
+    @property
     def answers(self) -> int:
         """How many answers it gets."""
-        return self.n or 1
+        return self.choices
 
     @property
     def include_usage(self) -> bool:
@@ -416,11 +431,6 @@ class ChatCompletionRequest(GenerationRequest):
         return [] if choice == "none" else self.known_functions
 
     @property
-    def characters(self) -> int:
-        """How long the conversation is, about."""
-        return sum(len(message.text) for message in self.messages)
-
-    @property
     def template_tools(self) -> list[Tool]:
         """What the chat template is to tell the model of."""
         return [Tool(function=function) for function in self.callable_functions]
@@ -458,15 +468,15 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _completion_agrees(self) -> Self:
-        if self.best_of is not None and self.best_of < (self.n or 1):
+        if self.drafts < self.choices:
             raise PydanticCustomError("best_of", "best_of must not be less than n")
-        if self.stream and (self.best_of or 1) > (self.n or 1):
+        if self.stream and self.drafts > self.choices:
             raise PydanticCustomError("best_of", "what is best is known at the end only: best_of cannot be streamed")
         if self.echo and self.logprobs is not None:
             raise PydanticCustomError("echo", "echo with logprobs is not supported: the prompt's are not known")
         if not self.prompts:
             raise PydanticCustomError("empty", "prompt must not be empty")
-        if len(self.prompts) * (self.best_of or self.n or 1) > MAX_ANSWERS:
+        if len(self.prompts) * self.drafts > MAX_ANSWERS:
             raise PydanticCustomError("answers", "at most {limit} answers can be asked for", {"limit": MAX_ANSWERS})
         return self
 
@@ -480,8 +490,12 @@ class CompletionRequest(GenerationRequest):
         return self.prompt  # type: ignore[return-value]
 
     @property
+    def drafts(self) -> int:
+        return self.best_of or self.choices
+
+    @property
     def answers(self) -> int:
-        return len(self.prompts) * (self.n or 1)
+        return len(self.prompts) * self.choices
 
     @property
     def token_limit(self) -> int | None:

@@ -136,7 +136,7 @@ class Answer:
         if self._tool_calls and text:
             text, calls = self._tool_calls.add(text)
             self._calls += calls
-        self._text += self._hidden.sub("", text) if self._hidden else text
+        self._text += self._plain(text)
 
     def _flush(self) -> None:
         if self._reasoning:
@@ -145,10 +145,13 @@ class Answer:
             self._answer(text)
         if self._tool_calls:
             text, calls = self._tool_calls.flush()
-            self._text += self._hidden.sub("", text) if self._hidden else text
+            self._text += self._plain(text)
             self._calls += calls
             if self._tool_calls.found and self.finish_reason == "stop":
                 self.finish_reason = "function_call" if self._old_calls else "tool_calls"
+
+    def _plain(self, text: str) -> str:
+        return self._hidden.sub("", text) if self._hidden else text
 
     def _note_logprobs(self, output: EngineOutput, counted: int) -> None:
         self.logprob += sum((output.log_probs or [])[:counted])

@@ -116,17 +116,17 @@ def check_ids(prompt: Sequence[int], vocabulary: int) -> None:
 
 
 def generations_of(
-    request: GenerationRequest, prompts: Sequence[list[int]], each: int, constraint: dict[str, Any] | None
+    request: GenerationRequest, prompts: Sequence[list[int]], constraint: dict[str, Any] | None
 ) -> list[Generation]:
     """`each` answers to each of `prompts`, those to one prompt on one worker."""
     logprobs = request.wanted_logprobs
-    if each > (request.n or 1) and logprobs is None:  # to know which are the best
+    if request.drafts > request.choices and logprobs is None:  # to know which are the best
         logprobs = 0
     generations = []
     for prompt in prompts:
         first = Generation(request, prompt, constraint=constraint, logprobs=logprobs)
         generations += [first]
-        for index in range(1, each):
+        for index in range(1, request.drafts):
             more = Generation(request, prompt, index=index, constraint=constraint, logprobs=logprobs, beside=first)
             generations.append(more)
     return generations

@@ -4,6 +4,7 @@ What it enforces was tried keyword by keyword with xgrammar 0.2.7, the grammar b
 for anyOf, and a pattern for that of the whole text.
 """
 
+import asyncio
 import re
 from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
@@ -35,6 +36,11 @@ _UNREAD = re.compile(r"""["]|\\[\\nrtfvxu0c]|\(\?(?:[=!]|<[=!])""")
 
 _NAMES = {"properties", "patternProperties", "$defs", "definitions"}  # under which keys are no keywords
 _VALUES = {"enum", "const", "default", "examples", "example"}  # under which nothing is a schema
+
+
+async def checked(constraint: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What `check_constraint` gives, made beside the event loop: a schema takes it from 3 ms to 150."""
+    return await asyncio.to_thread(check_constraint, constraint) if constraint else None
 
 
 def check_constraint(constraint: dict[str, Any] | None) -> dict[str, Any] | None:

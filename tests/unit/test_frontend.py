@@ -115,6 +115,17 @@ async def nothing(request: ChatCompletionRequest, context: Context) -> AsyncGene
     yield
 
 
+def two_apart(go_on: asyncio.Event) -> Play:
+    """The second word waits."""
+
+    async def play(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
+        yield first_chunk()
+        await go_on.wait()
+        yield chunk("two", "stop")
+
+    return play
+
+
 def waits(go_on: asyncio.Event, play: Play) -> Play:
     """The play, once it may go on."""
 
@@ -210,11 +221,6 @@ class TestAnswer:
     def test_each_chunk_is_written_as_it_comes(self) -> None:
         go_on = asyncio.Event()
 
-        async def play(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
-            yield first_chunk()
-            await go_on.wait()
-            yield chunk("two", "stop")
-
         async def scenario(client: Connection) -> None:
             assert (await client.next())["status"] == 200
             assert await client.content() == "one"
@@ -224,7 +230,7 @@ class TestAnswer:
             assert await client.event() == "[DONE]"
             assert await client.next() == {"type": "http.response.body", "body": b"", "more_body": False}
 
-        converse(Door(play), scenario)
+        converse(Door(two_apart(go_on)), scenario)
 
     def test_no_layer_of_the_application_sees_the_events(self) -> None:
         """Each would cost time for every token."""
@@ -375,11 +381,6 @@ class TestKeepalive:
     def test_between_events_too(self) -> None:
         go_on = asyncio.Event()
 
-        async def play(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
-            yield first_chunk()
-            await go_on.wait()
-            yield chunk("two", "stop")
-
         async def scenario(client: Connection) -> None:
             assert (await client.next())["status"] == 200
             assert await client.content() == "one"
@@ -387,7 +388,7 @@ class TestKeepalive:
             go_on.set()
             assert await client.content() == "two"
 
-        converse(Door(play, keepalive_seconds=0.01), scenario)
+        converse(Door(two_apart(go_on), keepalive_seconds=0.01), scenario)
 
     def test_an_error_is_an_event_then(self, log: Log) -> None:
         go_on = asyncio.Event()

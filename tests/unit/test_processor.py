@@ -709,7 +709,7 @@ class TestTokens:
 class TestGenerations:
     def test_each_of_a_prompt_is_beside_its_first(self) -> None:
         request = CompletionRequest.decode({"model": "m", "prompt": ["a", "b"], "n": 2, "seed": 5})
-        first, second, third, fourth = generations_of(request, [[A], [B]], 2, {"regex": "a"})
+        first, second, third, fourth = generations_of(request, [[A], [B]], {"regex": "a"})
         assert [first.tokens, second.tokens, third.tokens, fourth.tokens] == [[A], [A], [B], [B]]
         assert (first.beside, second.beside, third.beside, fourth.beside) == (None, first, None, third)
         assert [one.seed for one in (first, second, third, fourth)] == [5, 6, 5, 6]
@@ -723,7 +723,7 @@ class TestGenerations:
         self, fields: dict[str, Any], each: int, wanted: int | None
     ) -> None:
         request = CompletionRequest.decode({"model": "m", "prompt": "a", **fields})
-        assert [one.logprobs for one in generations_of(request, [[A]], each, None)] == [wanted] * each
+        assert [one.logprobs for one in generations_of(request, [[A]], None)] == [wanted] * each
 
     @pytest.mark.parametrize(
         ("seed", "index", "own"),

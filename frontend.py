@@ -18,26 +18,23 @@ import argparse
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
-from common.errors import Cancelled, Internal, InvalidRequest, PipelineError, Unavailable
+from common.errors import Cancelled, Internal, InvalidRequest, Unavailable
+from common.events import WATCH_FRONTEND, WATCH_PROCESSOR, WATCH_ROUTER, Feed
 from common.http.body import JsonRoute
 from common.http.event_stream import EventStream
-from common.http.exchange import Exchange, Exchanges, add_error_handlers
+from common.http.events import RequestEvents
+from common.http.exchange import Exchange, Exchanges, Observer, add_error_handlers
 from common.http.forms import ChatForm, Form, TextForm
 from common.http.openapi import PARAMETERS, answer, describe_answers, errors
 from common.http.processors import Processors
 from common.http.server import listening
-from common.messages import (
-    FIND_WORKER,
-    GENERATE,
-    WORKERS,
-    Message,
-    RouterStatus,
-    WorkersRequest,
-)
+from common.http.status import Status
+from common.http.watch import Watch
+from common.messages import FIND_WORKER, GENERATE, WORKERS
 from common.openai_api import (
     CHAT_COMPLETIONS,
     COMPLETE,
@@ -65,28 +62,13 @@ from common.service import Service, parser, run
 
 import msgspec
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp
 
 log = logging.getLogger(__name__)
 
-ROUTER_SECONDS = 2.0  # for a router to say what it knows
 NOTED_FIELDS = 1000  # unknown fields that the log has named
-
-
-class WorkersReport(Message):
-    """The answer of GET /workers."""
-
-    routers: list[RouterStatus]
-
-
-class Health(Message):
-    """The answer of GET /health."""
-
-    status: str
-    instances: dict[str, int]
 
 
 class Frontend:
@@ -100,29 +82,26 @@ class Frontend:
         complete: Remote[CompletionRequest, ChatCompletionChunk],
         tokenize: Remote[TokenizeRequest, Tokens],
         detokenize: Remote[DetokenizeRequest, Text],
-        routers: Remote[WorkersRequest, RouterStatus],
-        stages: Mapping[str, Remote[Any, Any]],
         stage: Remote[ChatCompletionRequest, ChatCompletionChunk] | None = None,
         keepalive_seconds: float = 0.0,
         strict_fields: bool = False,
     ) -> None:
-        """stages: what must have an instance for this pipeline to be healthy; stage: one of your own that requests
-        pass through before the processors; keepalive_seconds: how long a client that waits hears nothing, 0 for ever;
-        strict_fields: refuse fields that nobody here knows."""
+        """stage: one of your own that requests pass through before the processors; keepalive_seconds: how long a
+        client that waits hears nothing, 0 for ever; strict_fields: refuse fields that nobody here knows."""
         self._service = service
         self._processors = processors
         self._complete = complete
         self._tokenize = tokenize
         self._detokenize = detokenize
-        self._routers = routers
-        self._stages = stages
         self._stage = stage
         self._keepalive_seconds = keepalive_seconds
         self._strict_fields = strict_fields
         self._noted_fields: set[str] = set()
 
-    def app(self, cors_origins: Sequence[str] = ()) -> ASGIApp:
-        """The HTTP application."""
+    def app(
+        self, cors_origins: Sequence[str] = (), routes: Sequence[APIRouter] = (), observers: Sequence[Observer] = ()
+    ) -> ASGIApp:
+        """The HTTP application, with more paths than its own, and with those who watch its requests."""
         app = FastAPI(title="Inference pipeline", description=__doc__)
         app.router.route_class = JsonRoute
         add_error_handlers(app)
@@ -143,10 +122,9 @@ class Frontend:
         app.add_api_route("/detokenize", self.post_detokenize, methods=["POST"], responses=errors(400, 404, 503))
         app.add_api_route("/v1/models", self.get_models)
         app.add_api_route("/v1/models/{model:path}", self.get_model, responses=errors(404, 503))
-        app.add_api_route("/workers", self.get_workers, responses=errors(503))
-        app.add_api_route("/health", self.get_health, response_model=Health, responses={503: {"model": Health}})
-        app.add_api_route("/live", self.get_live)
-        exchanges = Exchanges(app, self._service.in_progress)
+        for more in routes:
+            app.include_router(more)
+        exchanges = Exchanges(app, self._service.in_progress, observers)
         if not cors_origins:
             return exchanges
         return CORSMiddleware(  # around all, for a page is to read errors too
@@ -207,8 +185,7 @@ class Frontend:
         form: Form,
     ) -> Response:
         exchange = Exchange.of(request)
-        exchange.ignored = self._ignored(completion_request)
-        exchange.answers = completion_request.answers
+        exchange.begin(completion_request, self._ignored(completion_request))
         if completion_request.stream:
             return await self._stream(request, completion_request, chunks, form)
         async with exchange.stopped_on_disconnect(request):
@@ -278,38 +255,10 @@ class Frontend:
         """One of them."""
         return next(iter((await self._processors.find(model)).values()))
 
-    async def get_workers(self) -> WorkersReport:
-        """What each router knows of the workers."""
-        instances = self._routers.instance_ids()
-        if not instances:
-            raise Unavailable("no router is running; try again in a moment", code="no_router")
-        answers = await asyncio.gather(*map(self._ask_router, instances))
-        if not (routers := [answer for answer in answers if answer]):
-            raise Unavailable("no router answers; try again in a moment", code="no_router")
-        return WorkersReport(routers=routers)
-
-    async def _ask_router(self, instance_id: int) -> RouterStatus | None:
-        """What one router knows; None if it does not say, because it has died or hangs."""
-        with suppress(PipelineError, TimeoutError):
-            async with asyncio.timeout(ROUTER_SECONDS):
-                return await self._routers.call(WorkersRequest(), instance_id)
-        return None
-
-    async def get_health(self) -> Response:
-        """Whether a request would be answered: 200 if every stage has an instance, else 503."""
-        instances = {name: len(remote.instance_ids()) for name, remote in self._stages.items()}
-        healthy = all(instances.values()) and not self._service.stopping
-        health = Health(status="healthy" if healthy else "unhealthy", instances=instances)
-        return JSONResponse(health.model_dump(), 200 if healthy else 503)
-
-    async def get_live(self) -> dict[str, str]:
-        """Whether this process runs."""
-        return {"status": "live"}
-
 
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
-    endpoint = runtime.endpoint(CHAT_COMPLETIONS.path)
+    endpoint, events = runtime.endpoint(CHAT_COMPLETIONS.path), runtime.endpoint(WATCH_FRONTEND.path)
     process = Remote(PROCESS, await runtime.endpoint(PROCESS.path).client())
     describe = Remote(DESCRIBE_MODEL, await runtime.endpoint(DESCRIBE_MODEL.path).client())
     complete = Remote(COMPLETE, await runtime.endpoint(COMPLETE.path).client())
@@ -318,6 +267,8 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     workers = Remote(WORKERS, await runtime.endpoint(WORKERS.path).client())
     router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
     engine = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())
+    specs = (WATCH_FRONTEND, WATCH_PROCESSOR, WATCH_ROUTER)
+    feeds = [Remote(spec, await runtime.endpoint(spec.path).client()) for spec in specs]
     stages: dict[str, Remote[Any, Any]] = {"processor": process, "router": router, "engine": engine}
     stage = None
     if args.processor != PROCESS.path:
@@ -330,15 +281,19 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
         complete=complete,
         tokenize=tokenize,
         detokenize=detokenize,
-        routers=workers,
-        stages=stages,
         stage=stage,
         keepalive_seconds=args.keepalive_seconds,
         strict_fields=args.strict_fields,
     )
-    app = frontend.app(args.cors_origin)
+    status = Status(stages, workers, lambda: service.stopping)
+    # What is seen of the pipeline from outside, beside the path of requests.
+    feed = Feed(endpoint.connection_id(), service.stopped)
+    watch = Watch(feeds, status, service.stopped, frontend=feed.instance_id, prompts=args.show_prompts)
+    observers = [RequestEvents(feed, show_prompts=args.show_prompts)]
+    app = frontend.app(args.cors_origin, [status.routes(), watch.routes()], observers)
     # Around the service: while that waits for the requests in progress, they still have their connections.
     async with listening(app, args.host, args.port, reuse_port=args.reuse_port), service:
+        service.add(events, WATCH_FRONTEND, feed.watch)
         service.add(endpoint, CHAT_COMPLETIONS, frontend.chat_completions)
         await service.serve()
         await service.wait_for(*stages.values())
@@ -361,6 +316,7 @@ def arguments() -> argparse.ArgumentParser:
         "--keepalive-seconds", type=float, default=15.0, help="a client that waits hears of it so often; 0: never"
     )
     options.add_argument("--strict-fields", action="store_true", help="refuse fields that nobody here knows")
+    options.add_argument("--show-prompts", action="store_true", help="let those who watch read their first words")
     return options
 
 

@@ -29,6 +29,8 @@ from typing import Any, TypeVar
 
 from common.coalescer import Coalescer
 from common.errors import Cancelled, Internal, InvalidRequest, NotFound, Unavailable
+from common.events import WATCH_PROCESSOR, Asked, Feed, Moved
+from common.log import log_request
 from common.messages import (
     FIND_WORKER,
     GENERATE,
@@ -37,9 +39,7 @@ from common.messages import (
     FindWorkerRequest,
     GenerateRequest,
     ModelIdentity,
-    OutputOptions,
     RoutingDecision,
-    StopConditions,
 )
 from common.model import add_options, identify, resolve_model
 from common.openai_api import (
@@ -65,7 +65,7 @@ from common.remote import Remote
 from common.service import Service, parser, request_id, run
 from common.text.answer import Answer, Completion
 from common.text.chat_model import ChatModel
-from common.text.generation import Generation, best, check_ids, contexts_of, generations_of, usage_of
+from common.text.generation import Generation, best, check_ids, contexts_of, generations_of, routing_of, usage_of
 from common.text.merged import merged
 from common.text.reasoning import Reasoning
 from common.text.schemas import checked
@@ -95,12 +95,14 @@ class Processor:
         router: Remote[FindWorkerRequest, RoutingDecision],
         engines: Remote[GenerateRequest, EngineOutput],
         coalescer: Coalescer,
+        feed: Feed,
     ) -> None:
         self._model = model
         self._identity = identity
         self._router = router
         self._engines = engines
         self._coalescer = coalescer
+        self._feed = feed
         self._created = int(time.time())
         self._fingerprint = f"fp_{identity.tokenizer or identity.name}"[:24]
 
@@ -209,13 +211,22 @@ class Processor:
             async with aclosing(merged(streams)) as chunks:
                 async for chunk in chunks:
                     yield chunk
+        usage = usage_of(generations, answers)
         chunk = completion.chunk([])
-        chunk.usage = usage_of(generations, answers).encode()
+        chunk.usage = usage.encode()
+        if routing := routing_of(generations):
+            chunk.routing = routing
+            if "x-record" in context.metadata:  # so that the frontend can write a trace
+                routing.local_hashes = self._local_hashes(generations[0].tokens[: generations[0].prompt_tokens])
         yield chunk
-        reasons = ",".join(sorted({str(answer.finish_reason) for answer in answers}))
-        counts = f"prompt_tokens={chunk.usage['prompt_tokens']} completion_tokens={chunk.usage['completion_tokens']}"
-        migrations = sum(len(generation.failed) for generation in generations)
-        log.info("request_id=%s finish_reason=%s %s migrations=%d", request_id(context), reasons, counts, migrations)
+        log_request(
+            log,
+            request_id(context),
+            finish_reason=",".join(sorted({str(answer.finish_reason) for answer in answers})),
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            migrations=routing.migrations if routing else 0,
+        )
 
     async def _answer(
         self, generation: Generation, answer: Answer, context: Context
@@ -236,8 +247,11 @@ class Processor:
             return
         if generation.beside:
             await generation.beside.decided.wait()
+        tell = generation.tell = None if generation.beside else self._feed.teller(request_id(context))
         while not generation.finished:
             wanted = self._find_worker(generation, context)
+            if tell:
+                tell(Asked(processor=self._feed.instance_id, tokens=wanted.tokens, blocks=len(wanted.local_hashes)))
             async with self._router.open(wanted, context, retry_seconds=ROUTER_SECONDS) as decision:
                 generation.check(decision)
                 generation.decision = decision
@@ -255,7 +269,7 @@ class Processor:
             generation.finished = True
             yield EngineOutput(finish_reason="length")
             return
-        request = self._generate_request(generation, limit - generation.generated)
+        request = generation.generate_request(self._model, limit - generation.generated)
         try:
             async with aclosing(self._engines.stream(request, context, [decision.instance_id])) as outputs:
                 async for output in outputs:
@@ -277,49 +291,28 @@ class Processor:
             generation.failed.append(decision.instance_id)
             message = "request_id=%s migrates from worker %s after %d tokens: %s"
             log.warning(message, request_id(context), decision.worker_id, generation.generated, error)
+            if generation.tell:
+                generation.tell(Moved(worker_id=decision.worker_id, tokens=generation.generated, reason=str(error)))
             if len(generation.failed) > MIGRATIONS:
                 raise
         except Internal as error:
             raise Internal(f"worker {decision.worker_id} failed: {error}") from error
 
+    def _local_hashes(self, tokens: list[int]) -> list[int]:
+        """Of each full block of a prompt, what routers know it by."""
+        return compute_block_hash_for_seq(tokens, self._identity.block_size)
+
     def _find_worker(self, generation: Generation, context: Context) -> FindWorkerRequest:
         request, metadata = generation.request, context.metadata
         return FindWorkerRequest(
             model=self._identity,
-            local_hashes=compute_block_hash_for_seq(generation.tokens, self._identity.block_size),
+            local_hashes=self._local_hashes(generation.tokens),
             tokens=len(generation.tokens),
             request_id=request_id(context),
             session=_session(metadata.get("x-session-id") or request.prompt_cache_key or request.user),
             priority=_priority(metadata.get("x-priority") or "0"),
             excluded=generation.failed,
             beside=generation.beside_instance,
-        )
-
-    def _generate_request(self, generation: Generation, max_tokens: int) -> GenerateRequest:
-        request = generation.request
-        return GenerateRequest(
-            token_ids=generation.tokens,
-            model=self._model.name,
-            stop_conditions=StopConditions(
-                max_tokens=max_tokens,
-                min_tokens=max(0, (request.min_tokens or 0) - generation.generated) or None,
-                stop_token_ids=request.stop_token_ids,
-                ignore_eos=request.ignore_eos,
-            ),
-            sampling_options=self._model.sampling(
-                temperature=request.temperature,
-                top_p=request.top_p or None,
-                top_k=request.top_k or None,
-                min_p=request.min_p,
-                seed=generation.seed,
-                presence_penalty=request.presence_penalty,
-                frequency_penalty=request.frequency_penalty,
-                repetition_penalty=request.repetition_penalty,
-                logit_bias=request.logit_bias,
-                guided_decoding=generation.constraint,
-            ),
-            output_options=OutputOptions(logprobs=generation.logprobs),
-            eos_token_ids=self._model.eos_token_ids,
         )
 
 
@@ -368,6 +361,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     resolved = resolve_model(args.model)
     identity = identify(resolved, name=args.model_name, block_size=args.block_size)
     describe, process = runtime.endpoint(DESCRIBE_MODEL.path), runtime.endpoint(PROCESS.path)
+    events = runtime.endpoint(WATCH_PROCESSOR.path)
     complete = runtime.endpoint(COMPLETE.path)
     tokenize, detokenize = runtime.endpoint(TOKENIZE.path), runtime.endpoint(DETOKENIZE.path)
     router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
@@ -380,9 +374,11 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
         allow_special_tokens=args.allow_special_tokens,
     )
     coalescer = Coalescer(args.coalesce_ms)
-    processor = Processor(model, identity, router=router, engines=engines, coalescer=coalescer)
     log.info("parsers: tool_calls=%s reasoning=%s", *model.parsers)
     async with Service(runtime, drain_seconds=args.drain_seconds) as service:
+        feed = Feed(process.connection_id(), service.stopped)
+        processor = Processor(model, identity, router=router, engines=engines, coalescer=coalescer, feed=feed)
+        service.add(events, WATCH_PROCESSOR, feed.watch)
         service.add(describe, DESCRIBE_MODEL, processor.describe)
         service.add(tokenize, TOKENIZE, processor.tokenize)
         service.add(detokenize, DETOKENIZE, processor.detokenize)

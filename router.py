@@ -21,9 +21,10 @@ import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import fields
 from typing import Protocol
 
+from common.events import WATCH_ROUTER, Decided, Feed
+from common.log import log_request
 from common.messages import (
     CACHE,
     DESCRIBE_WORKER,
@@ -66,14 +67,14 @@ class Router:
         chooser: Chooser,
         *,
         policy: str,
-        instance_id: int,
+        feed: Feed,
         stopped: Callable[[], Awaitable[None]],
     ) -> None:
         self._fleet = fleet
         self._membership = membership
         self._chooser = chooser
         self._policy = policy
-        self._instance_id = instance_id
+        self._feed = feed
         self._stopped = stopped
         self._watches: defaultdict[str, OverlapWatch] = defaultdict(OverlapWatch)  # by model
 
@@ -88,25 +89,42 @@ class Router:
         watch = self._watches[request.model.name]
         found = any(candidate.overlap_blocks for candidate in candidates)
         watch.on_asked(prompt, found, [candidate.worker for candidate in candidates])
+        request_id = request.request_id or context.id()
+        tell = self._feed.teller(request_id)
+        costs = [candidate.explained for candidate in candidates] if tell or request.explain else []
         async with self._chooser.lease(candidates) as best:
+            for cost, candidate in zip(costs, candidates, strict=False):
+                cost.cost = candidate.cost
+            if tell:
+                tell(self._decided(best, costs))
             self._fleet.remember(request, best.worker.instance_id)
-            blocks = f"prompt_blocks={prompt.blocks:.1f} overlap_blocks={best.overlap_blocks}"
-            log.info("request_id=%s worker=%s %s", request.request_id or context.id(), best.worker.name, blocks)
-            yield decision(best, candidates if request.explain else ())
+            name, blocks = best.worker.name, round(prompt.blocks, 1)
+            log_request(log, request_id, worker=name, prompt_blocks=blocks, overlap_blocks=best.overlap_blocks)
+            yield decision(best, costs if request.explain else ())
             await first_of(context.async_killed_or_stopped(), self._stopped())
         watch.on_finished(prompt)
+
+    def _decided(self, best: Candidate, costs: Sequence[WorkerCost]) -> Decided:
+        return Decided(
+            router=self._feed.instance_id,
+            policy=self._policy,
+            worker_id=best.worker.name,
+            prompt_blocks=best.prompt.blocks,
+            overlap_blocks=best.overlap_blocks,
+            costs=list(costs),
+        )
 
     async def workers(self, request: WorkersRequest, context: Context) -> AsyncIterator[RouterStatus]:
         """Yield what this router knows of each worker."""
         yield RouterStatus(
-            router=self._instance_id,
+            router=int(self._feed.instance_id),
             policy=self._policy,
             workers=self._fleet.status(),
             unserved=list(self._fleet.unserved.values()),
         )
 
 
-def decision(best: Candidate, reasons: Sequence[Candidate] = ()) -> RoutingDecision:
+def decision(best: Candidate, reasons: Sequence[WorkerCost] = ()) -> RoutingDecision:
     """The answer for the chosen candidate, with the costs of those that are to be explained."""
     return RoutingDecision(
         instance_id=best.worker.instance_id,
@@ -115,17 +133,7 @@ def decision(best: Candidate, reasons: Sequence[Candidate] = ()) -> RoutingDecis
         cost=best.cost,
         context_length=best.worker.info.context_length if best.worker.info else None,
         simulated=best.worker.info is not None and best.worker.info.simulated,
-        reasons=[
-            WorkerCost(
-                worker_id=candidate.worker.name,
-                overlap_blocks=candidate.overlap_blocks,
-                expected_blocks=candidate.expected_blocks,
-                prefill_blocks=candidate.worker.prefill_blocks,
-                decode_blocks=candidate.worker.decode_blocks,
-                cost=candidate.cost,
-            )
-            for candidate in reasons
-        ],
+        reasons=list(reasons),
     )
 
 
@@ -141,21 +149,24 @@ def chooser_of(policy: str, weights: Weights, fleet: Fleet) -> Chooser:
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     workers, find_worker = runtime.endpoint(WORKERS.path), runtime.endpoint(FIND_WORKER.path)
+    events = runtime.endpoint(WATCH_ROUTER.path)
     engines = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())
     describe = Remote(DESCRIBE_WORKER, await runtime.endpoint(DESCRIBE_WORKER.path).client())
     cache = Remote(CACHE, await runtime.endpoint(CACHE.path).client())
     fleet = Fleet()
     membership = Membership(fleet, engines=engines, describe=describe, cache=cache)
-    weights = Weights(**{field.name: getattr(args, field.name) for field in fields(Weights)})
+    weights = Weights.of(args)
     async with Service(runtime, drain_seconds=args.drain_seconds) as service:
+        feed = Feed(find_worker.connection_id(), service.stopped)
         router = Router(
             fleet,
             membership,
             chooser_of(args.policy, weights, fleet),
             policy=args.policy,
-            instance_id=find_worker.connection_id(),
+            feed=feed,
             stopped=service.stopped,
         )
+        service.add(events, WATCH_ROUTER, feed.watch)
         service.add(workers, WORKERS, router.workers)
         service.add(find_worker, FIND_WORKER, router.find_worker)
         service.background(membership.follow())
@@ -170,22 +181,7 @@ def arguments() -> argparse.ArgumentParser:
     options.add_argument(
         "--policy", choices=[*POLICIES, "dynamo"], default="kv", help="dynamo: its own scheduler, to compare with"
     )
-    weights = options.add_argument_group("weights of the policies kv and dynamo")
-    weights.add_argument(
-        "--overlap-score-credit", type=float, default=1.0, help="what a cached block saves; 0 ignores the caches"
-    )
-    weights.add_argument(
-        "--prefill-load-scale", type=float, default=1.0, help="what a block to compute costs, against one to read"
-    )
-    weights.add_argument(
-        "--decode-load-scale", type=float, default=0.25, help="what a block to read costs; Dynamo always takes 1"
-    )
-    weights.add_argument(
-        "--decode-active-request-weight", type=float, default=0.0, help="blocks that each request in progress costs"
-    )
-    weights.add_argument(
-        "--router-temperature", type=float, default=0.0, help="above 0, draw workers, the cheaper the likelier"
-    )
+    Weights.add_options(options)
     return options
 
 

@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        sys.exit(run(measure, argparse.Namespace(measure=args.measure, log_level="warning")))
+        sys.exit(run(measure, argparse.Namespace(measure=args.measure, log_level="warning", log_format="text")))
     sizes = [(blocks, workers) for blocks in args.trees for workers in args.fleets]
     ours, dynamo, asked = list[Cost](), list[Cost](), dict[str, float]()
     setting = Setting(engines=4, block_size=BLOCK_SIZE, blocks=4096, engine_speedup=1.0)

@@ -55,4 +55,4 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, argparse.Namespace(log_level="warning")))
+    sys.exit(run(main, argparse.Namespace(log_level="warning", log_format="text")))

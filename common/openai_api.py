@@ -71,11 +71,13 @@ class ChunkChoice(TokenMessage, kw_only=True):
     finish_reason: str | None = None
 
 
-class Routing(TokenMessage, kw_only=True):
-    """Who answers, on the first chunk; the frontend turns it into response headers."""
+class Routing(TokenMessage, kw_only=True, omit_defaults=True):
+    """Who answers, on the first chunk, which the frontend turns into response headers; and who did, on the last."""
 
     worker_id: str
     overlap_blocks: int
+    migrations: int = 0  # moves from a worker that failed to this one
+    local_hashes: list[int] | None = None  # of the prompt's blocks, on the last chunk, for a frontend that records
 
 
 class ChatCompletionChunk(TokenMessage, kw_only=True):

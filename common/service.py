@@ -20,7 +20,6 @@ still.
 import argparse
 import asyncio
 import gc
-import json
 import logging
 import os
 import signal
@@ -31,6 +30,7 @@ from typing import Any, NoReturn, cast
 from urllib.parse import urlsplit
 
 from common.errors import Cancelled, Internal, PipelineError, StartupError
+from common.log import add_options, log_request, set_up
 from common.messages import Answer, EndpointSpec, Failure, Request, TokenMessage
 from common.remote import Remote
 
@@ -66,13 +66,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     arguments.add_argument(
         "--drain-seconds", type=float, default=30.0, help="on SIGTERM, how long to wait for requests in progress"
     )
-    arguments.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    add_options(arguments)
     return arguments
 
 
 def run(main: Callable[[argparse.Namespace], Awaitable[None]], args: argparse.Namespace) -> int:
     """Run a `@dynamo_worker` main to its end, once NATS and etcd can be reached. Returns the exit code."""
-    _log_to_stderr(args.log_level.upper())
+    set_up(args.log_level, args.log_format)
     for name, value in _RUNTIME_DEFAULTS.items():
         os.environ.setdefault(name, value)
     for number in (signal.SIGTERM, signal.SIGINT):  # nothing is served yet, so nothing has to be finished
@@ -91,18 +91,6 @@ def run(main: Callable[[argparse.Namespace], Awaitable[None]], args: argparse.Na
         log.error("%s", error)
         return 1
     return 0
-
-
-def _log_to_stderr(level: str) -> None:
-    """Our own loggers get a handler of their own: SGLang resets the root's."""
-    program = os.path.basename(sys.argv[0]).removesuffix(".py")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {program}: %(message)s"))
-    for name in ("__main__", "common", "uvicorn.error", "asyncio"):
-        logger = logging.getLogger(name)
-        logger.setLevel(level if name in ("__main__", "common") else "WARNING")
-        logger.addHandler(handler)
-        logger.propagate = False
 
 
 async def until_reachable(name: str, addresses: str) -> None:
@@ -163,8 +151,7 @@ class Service:
                             yield message.encode()
                 except PipelineError as error:
                     level = logging.ERROR if isinstance(error, Internal) else logging.INFO
-                    text = json.dumps(error.message, ensure_ascii=False)
-                    log.log(level, "request_id=%s %s error=%s", request_id(context), error.kind, text)
+                    log_request(log, request_id(context), level=level, kind=error.kind, error=error.message)
                     # One that was cancelled by us must not look like the end of the answer.
                     if self.stopping or not isinstance(error, Cancelled):
                         yield Failure.of(error).encode()

@@ -16,6 +16,7 @@ from common.engines.die_with_parent import name_parent
 from common.engines.ports import loopback, reserved
 from common.errors import Internal, InvalidRequest, Overloaded
 from common.kv_events import load_stats
+from common.log import log_request
 from common.messages import (
     EngineOutput,
     GenerateRequest,
@@ -151,8 +152,8 @@ class SglangEngine:
                     first = False
                     if output.finish_reason:
                         tokens = chunk["meta_info"].get("completion_tokens", 0)
-                        message = "request_id=%s finish_reason=%s completion_tokens=%d"
-                        log.info(message, request_id(context), output.finish_reason, tokens)
+                        reason = output.finish_reason
+                        log_request(log, request_id(context), finish_reason=reason, completion_tokens=tokens)
                         yield output
                         return
                     yield output

@@ -1,21 +1,21 @@
 """One HTTP request and its answer: their id, what ends them early, and their line in the log."""
 
 import asyncio
-import json
 import logging
 import re
 import string
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from urllib.parse import quote
 
 from common.errors import Cancelled, Internal, InvalidRequest, NotFound, PipelineError, Unavailable
+from common.log import log_request
 from common.messages import Usage
 from common.openai_api import ChatCompletionChunk, Routing
-from common.openai_request import explain
+from common.openai_request import GenerationRequest, explain
 
 from dynamo.runtime import Context
 from fastapi import FastAPI, Request, Response
@@ -45,10 +45,23 @@ _PRIORITY = _Valid(re.compile(r"-?\d{1,9}"), "an integer of at most nine digits"
 InProgress = Callable[[Context], AbstractContextManager[None]]
 
 
-class Exchange:
-    """A request, and what the log says of it in one line."""
+class Observer(Protocol):
+    """Watches requests for an answer of a model."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def on_start(self, exchange: "Exchange") -> None:
+        """One has come, and its body is what it should be: `exchange.completion_request`."""
+
+    def on_first(self, exchange: "Exchange") -> None:
+        """The first chunk of its answer is there: `exchange.routing`."""
+
+    def on_end(self, exchange: "Exchange") -> None:
+        """It is over, also one that never began because it is refused: `exchange.status`."""
+
+
+class Exchange:
+    """A request, and what is known of it so far."""
+
+    def __init__(self, scope: Scope, send: Send, observers: Sequence[Observer] = ()) -> None:
         # The runtime tells requests apart by their context's id, so that is never the caller's choice.
         context_id = self.request_id = uuid.uuid4().hex
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -62,11 +75,12 @@ class Exchange:
         self.context = Context(context_id, {"x-request-id": self.request_id, **metadata})
         self.send = send
         self._what = f"{scope['method']} {scope['raw_path'].decode('latin-1')}"  # encoded, so of one line
-        self._began = time.perf_counter()
-        self._first: float | None = None  # when the first chunk came
-        self._routing: Routing | None = None
+        self._observers = observers
+        self.began = time.perf_counter()
+        self.first: float | None = None  # when the first chunk came
+        self.completion_request: GenerationRequest | None = None  # once its body is known to be one
         self.ignored: list[str] = []  # fields of its body that nobody here knows
-        self.answers = 1  # how many it is to get
+        self.routing: Routing | None = None
         self.usage: Usage | None = None
         self._finish_reasons: dict[int, str | None] = {}  # of each answer, once it is over
 
@@ -88,29 +102,38 @@ class Exchange:
         """The response headers that say who answers, and what of the request was ignored."""
         names = [quote(name[:MAX_NAME], safe="._") for name in self.ignored[:MAX_NAMES]]
         headers = {"x-ignored-fields": ",".join(names)} if names else {}
-        if self._routing:
-            headers["x-worker-id"] = quote(self._routing.worker_id, safe=string.punctuation)  # it can have any name
-            headers["x-kv-overlap-blocks"] = str(self._routing.overlap_blocks)
+        if self.routing:
+            headers["x-worker-id"] = quote(self.routing.worker_id, safe=string.punctuation)  # it can have any name
+            headers["x-kv-overlap-blocks"] = str(self.routing.overlap_blocks)
         return headers
 
     @property
     def finish_reason(self) -> str | None:
         """Why the answers are over; None while one is not."""
         reasons = set(self._finish_reasons.values())
-        if None in reasons or len(self._finish_reasons) < self.answers:
+        answers = self.completion_request.answers if self.completion_request else 1
+        if None in reasons or len(self._finish_reasons) < answers:
             return None
         return ",".join(sorted(map(str, reasons)))
 
+    def begin(self, completion_request: GenerationRequest, ignored: list[str]) -> None:
+        """It asks for this. ignored: the names of its fields that nobody here knows."""
+        self.completion_request, self.ignored = completion_request, ignored
+        for observer in self._observers:
+            observer.on_start(self)
+
     def noted(self, chunk: ChatCompletionChunk) -> ChatCompletionChunk:
         """The chunk, once what it says is remembered. Raises Internal if it says nonsense."""
-        if self._first is None:
-            self._first = time.perf_counter()
-            self._routing = chunk.routing or None
+        if chunk.routing:
+            self.routing, chunk.routing = chunk.routing, UNSET  # the headers say it, unless it came too late for that
         for choice in chunk.choices:
             self._finish_reasons[choice.index] = choice.finish_reason
         if chunk.usage:
             self.usage = Usage.received(chunk.usage)
-        chunk.routing = UNSET  # which the headers say, unless it came too late for that
+        if self.first is None:
+            self.first = time.perf_counter()
+            for observer in self._observers:
+                observer.on_first(self)
         return chunk
 
     def check_finished(self) -> None:
@@ -133,29 +156,37 @@ class Exchange:
         finally:
             watching.cancel()
 
-    def write(self) -> None:
-        """Log it as key=value pairs. What is answered without a chunk, like a list of models, is not worth a line."""
-        if self.error is None and self._first is None:
+    def end(self) -> None:
+        """It is over. What is answered without a chunk, like a list of models, is not worth a word."""
+        if self.error is None and self.first is None:
             return
-        fields: dict[str, object] = {"request_id": self.request_id, "status": self._status}
-        if self._routing:
-            fields |= {"worker": self._routing.worker_id, "overlap_blocks": self._routing.overlap_blocks}
-        if self.usage:
-            fields["prompt_tokens"] = self.usage.prompt_tokens
-            if self.usage.prompt_tokens_details:
-                fields["cached_tokens"] = self.usage.prompt_tokens_details.cached_tokens
-            fields["completion_tokens"] = self.usage.completion_tokens
-        if self.finish_reason:
-            fields["finish_reason"] = self.finish_reason
-        if self._first is not None:
-            fields["ttft_ms"] = round((self._first - self._began) * 1000, 1)
-        fields["duration_ms"] = round((time.perf_counter() - self._began) * 1000, 1)
-        if self.error and self._status != Cancelled.http_status:
-            fields["error"] = json.dumps(str(self.error))
-        log.info("%s %s", self._what, " ".join(f"{name}={value}" for name, value in fields.items()))
+        self._log()
+        for observer in self._observers:
+            observer.on_end(self)
+
+    def _log(self) -> None:
+        routing, usage, first, now = self.routing, self.usage, self.first, time.perf_counter()
+        details = usage.prompt_tokens_details if usage else None
+        log_request(
+            log,
+            self.request_id,
+            self._what,
+            status=self.status,
+            worker=routing and routing.worker_id,
+            overlap_blocks=routing and routing.overlap_blocks,
+            migrations=(routing and routing.migrations) or None,
+            prompt_tokens=usage and usage.prompt_tokens,
+            cached_tokens=details and details.cached_tokens,
+            completion_tokens=usage and usage.completion_tokens,
+            finish_reason=self.finish_reason,
+            ttft_ms=None if first is None else round((first - self.began) * 1000, 1),
+            duration_ms=round((now - self.began) * 1000, 1),
+            error=str(self.error) if self.error and self.status != Cancelled.http_status else None,
+        )
 
     @property
-    def _status(self) -> int:
+    def status(self) -> int:
+        """The HTTP status, or of what began as 200, the one that its error would have had."""
         if isinstance(self.error, asyncio.CancelledError):
             return Cancelled.http_status
         if isinstance(self.error, HTTPException):
@@ -170,15 +201,16 @@ class Exchanges:
     out through `Exchange.send`.
     """
 
-    def __init__(self, app: FastAPI, in_progress: InProgress) -> None:
+    def __init__(self, app: FastAPI, in_progress: InProgress, observers: Sequence[Observer] = ()) -> None:
         self._app = app
         self._in_progress = in_progress
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = scope["exchange"] = Exchange(scope, send)
+        exchange = scope["exchange"] = Exchange(scope, send, self._observers)
 
         started = False
 
@@ -205,7 +237,7 @@ class Exchanges:
                     await error_response(Unavailable("this server is being stopped"))(scope, receive, send_with_id)
             finally:
                 exchange.context.stop_generating()
-                exchange.write()
+                exchange.end()
 
 
 def error_response(error: PipelineError, status: int | None = None) -> JSONResponse:

@@ -4,32 +4,46 @@ A policy is a function from a candidate to its cost. The lowest cost wins; equal
 policy, write a function and put it into `POLICIES`.
 """
 
+import argparse
 import math
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
-from common.messages import FindWorkerRequest
+from common.messages import FindWorkerRequest, WorkerCost
 from common.routing.worker import Prompt, Worker
 
 BUSIER = 2.0  # than the least loaded worker, and a session leaves its own
+
+
+def _weight(default: float, says: str) -> Any:
+    return field(default=default, metadata={"help": says})
 
 
 @dataclass(slots=True, frozen=True)
 class Weights:
     """What `kv` weighs its terms with. Names and defaults are those of Dynamo's KvRouterConfig, but for the last."""
 
-    # What a cached block saves: 0 ignores the caches, above 1 it saves extra.
-    overlap_score_credit: float = 1.0
-    # What the prefill counts: higher, and so does the time to the first token.
-    prefill_load_scale: float = 1.0
-    # Blocks that a request in progress costs, whatever its length.
-    decode_active_request_weight: float = 0.0
-    # Above 0, workers are drawn, the cheaper the likelier: less of a herd, less cached.
-    router_temperature: float = 0.0
-    # What a block to read costs: 1 in Dynamo, as much as one to compute.
-    decode_load_scale: float = 0.25
+    overlap_score_credit: float = _weight(1.0, "what a cached block saves; 0 ignores the caches, above 1 saves extra")
+    prefill_load_scale: float = _weight(1.0, "what a block to compute costs; higher, and first tokens come sooner")
+    decode_active_request_weight: float = _weight(0.0, "blocks that each request in progress costs, however long it is")
+    router_temperature: float = _weight(0.0, "above 0, draw workers, the cheaper the likelier: less of a herd")
+    decode_load_scale: float = _weight(0.25, "what a block to read costs; Dynamo always takes 1, as one to compute")
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """An option for each."""
+        group = parser.add_argument_group("weights of the policies kv and dynamo")
+        for one in fields(cls):
+            name = f"--{one.name.replace('_', '-')}"
+            group.add_argument(name, type=float, default=one.default, help=one.metadata["help"])
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """Those of a command line."""
+        return cls(**{one.name: getattr(args, one.name) for one in fields(cls)})
 
 
 # Not frozen: that makes them three times as slow to build, and there is one for every worker.
@@ -45,6 +59,18 @@ class Candidate:
     had_session: bool = False  # whether it got the last request of the same session
     peers: Sequence["Candidate"] = ()  # all that could take it, this one among them
     cost: float = 0.0  # in blocks, by the policy that chose, once it has
+
+    @property
+    def explained(self) -> WorkerCost:
+        """What its cost will be made of, for people; before there is a lease for this prompt."""
+        return WorkerCost(
+            worker_id=self.worker.name,
+            overlap_blocks=self.overlap_blocks,
+            expected_blocks=self.expected_blocks,
+            prefill_blocks=self.worker.prefill_blocks,
+            decode_blocks=self.worker.decode_blocks,
+            cost=self.cost,
+        )
 
     @property
     def expected_blocks(self) -> int:

@@ -6,10 +6,20 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from common.errors import InvalidRequest
-from common.messages import CompletionTokensDetails, EngineOutput, RoutingDecision, Usage
-from common.openai_api import ChatCompletionChunk
+from common.events import Teller
+from common.messages import (
+    CompletionTokensDetails,
+    EngineOutput,
+    GenerateRequest,
+    OutputOptions,
+    RoutingDecision,
+    StopConditions,
+    Usage,
+)
+from common.openai_api import ChatCompletionChunk, Routing
 from common.openai_request import GenerationRequest
 from common.text.answer import Answer
+from common.text.chat_model import ChatModel
 
 from dynamo.runtime import Context
 
@@ -39,6 +49,7 @@ class Generation:
         self.decision: RoutingDecision | None = None  # who answers now
         self.decided = asyncio.Event()
         self.failed: list[int] = []
+        self.tell: Teller | None = None  # tells those who watch, if they are told of this one
         self.finished = False
 
     @property
@@ -76,6 +87,34 @@ class Generation:
                 param=self.request.PROMPT,
             )
         return context_length - self.prompt_tokens if limit is None else limit
+
+    def generate_request(self, model: ChatModel, max_tokens: int) -> GenerateRequest:
+        """What a worker is to do: go on after the tokens that are there, with at most so many more."""
+        request = self.request
+        return GenerateRequest(
+            token_ids=self.tokens,
+            model=model.name,
+            stop_conditions=StopConditions(
+                max_tokens=max_tokens,
+                min_tokens=max(0, (request.min_tokens or 0) - self.generated) or None,
+                stop_token_ids=request.stop_token_ids,
+                ignore_eos=request.ignore_eos,
+            ),
+            sampling_options=model.sampling(
+                temperature=request.temperature,
+                top_p=request.top_p or None,
+                top_k=request.top_k or None,
+                min_p=request.min_p,
+                seed=self.seed,
+                presence_penalty=request.presence_penalty,
+                frequency_penalty=request.frequency_penalty,
+                repetition_penalty=request.repetition_penalty,
+                logit_bias=request.logit_bias,
+                guided_decoding=self.constraint,
+            ),
+            output_options=OutputOptions(logprobs=self.logprobs),
+            eos_token_ids=model.eos_token_ids,
+        )
 
     def check(self, decision: RoutingDecision) -> None:
         """Raises InvalidRequest if the worker cannot do what was asked for."""
@@ -146,6 +185,14 @@ def usage_of(generations: Sequence[Generation], answers: Sequence[Answer]) -> Us
     if reasoning:
         usage.completion_tokens_details = CompletionTokensDetails(reasoning_tokens=reasoning)
     return usage
+
+
+def routing_of(generations: Sequence[Generation]) -> Routing | None:
+    """Who has answered in the end; None if nobody had to."""
+    if not (decision := generations[0].decision):
+        return None
+    migrations = sum(len(generation.failed) for generation in generations)
+    return Routing(worker_id=decision.worker_id, overlap_blocks=decision.overlap_blocks, migrations=migrations)
 
 
 async def best(

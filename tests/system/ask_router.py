@@ -30,7 +30,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
             explain=True,
         )
         try:
-            print((await router.call(request)).model_dump_json(), flush=True)
+            print(json.dumps((await router.call(request)).encode()), flush=True)
         except PipelineError as error:
             print(json.dumps(error.body), flush=True)
 

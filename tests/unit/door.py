@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from typing import Any, Self, cast
 
 from common.errors import NotFound
+from common.http.exchange import Observer
+from common.http.status import Status
 from common.messages import WORKERS, PromptTokensDetails, Usage
 from common.openai_api import (
     DETOKENIZE,
@@ -129,6 +131,7 @@ class Door:
         stage: Any = None,
         keepalive_seconds: float = 0.0,
         strict_fields: bool = False,
+        observers: Sequence[Observer] = (),
     ) -> None:
         runtime: Any = None
         self.service = Service(runtime, drain_seconds=0.0)
@@ -139,13 +142,13 @@ class Door:
             complete=cast(Any, self.processors),
             tokenize=self.processors.tokenize,
             detokenize=self.processors.detokenize,
-            routers=Remote(WORKERS, _client(routers or {})),
-            stages={name: Remote(WORKERS, _client(handlers)) for name, handlers in (stages or {}).items()},
             stage=stage,
             keepalive_seconds=keepalive_seconds,
             strict_fields=strict_fields,
         )
-        self.app: Any = self.frontend.app(cors_origins)
+        remotes = {name: Remote(WORKERS, _client(handlers)) for name, handlers in (stages or {}).items()}
+        status = Status(remotes, Remote(WORKERS, _client(routers or {})), lambda: self.service.stopping)
+        self.app: Any = self.frontend.app(cors_origins, [status.routes()], observers)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return self.request("GET", path, **options)

@@ -859,7 +859,7 @@ class TestOtherPaths:
         assert (router["router"], router["workers"][0]["instance_id"]) == (str(big - 1), str(big))
 
     def test_a_router_that_is_dead_or_hangs_does_not_hide_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("frontend.ROUTER_SECONDS", 0.05)
+        monkeypatch.setattr("common.http.status.ROUTER_SECONDS", 0.05)
 
         async def alive(body: Any, context: Context) -> AsyncIterator[Any]:
             yield RouterStatus(router=1, policy="kv", workers=[]).encode()

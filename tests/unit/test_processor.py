@@ -15,6 +15,7 @@ from common.errors import (
     PipelineError,
     Unavailable,
 )
+from common.events import Feed
 from common.messages import (
     FIND_WORKER,
     GENERATE,
@@ -108,6 +109,7 @@ class Pipeline:
             router=Remote(FIND_WORKER, router),
             engines=Remote(GENERATE, engine),
             coalescer=Coalescer(coalesce_ms),
+            feed=Feed(9, asyncio.Event().wait),
         )
 
     async def _find_worker(self, body: Any, context: Context) -> AsyncIterator[Any]:
@@ -231,16 +233,20 @@ class TestAnswer:
         assert usage(chunks).encode() == {**counts.encode(), "completion_tokens": 4, "total_tokens": 24}
         assert {chunk.id for chunk in chunks} == {"chatcmpl-id"}
 
-    def test_the_first_chunk_says_who_answers_and_in_which_role(self) -> None:
+    def test_the_first_chunk_says_who_answers_and_in_which_role_and_the_last_who_did(self) -> None:
         chunks = Pipeline([output(A), output(B, finish_reason="length")]).ask()
-        assert [chunk.routing for chunk in chunks] == [Routing(worker_id="w1", overlap_blocks=1), UNSET, UNSET]
+        assert [chunk.routing for chunk in chunks] == [
+            Routing(worker_id="w1", overlap_blocks=1),
+            UNSET,
+            Routing(worker_id="w1", overlap_blocks=1),
+        ]
         assert [chunk.choices[0].delta.role for chunk in chunks[:-1]] == ["assistant", None]
 
     def test_only_what_a_client_may_see_is_sent(self) -> None:
         first, last, counts = (chunk.encode() for chunk in Pipeline([output(A), output(B, finish_reason="eos")]).ask())
         assert first.keys() == {"id", "object", "created", "model", "system_fingerprint", "choices", "routing"}
         assert last.keys() == first.keys() - {"routing"}
-        assert counts.keys() == {*last.keys(), "usage"}
+        assert counts.keys() == {*first.keys(), "usage"}
         assert last["choices"] == [{"index": 0, "delta": {"content": "b"}, "logprobs": None, "finish_reason": "stop"}]
 
     def test_all_chunks_have_one_fingerprint(self) -> None:

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import Any, cast
 
 from common.errors import Unavailable
+from common.events import Feed
 from common.messages import FindWorkerRequest, RoutingDecision, StoredBlocks, WorkersRequest
 from common.routing import overlap_watch
 from common.routing.fleet import Fleet
@@ -41,7 +42,7 @@ class Scene:
             cast(Any, Settled()),
             LowestCost(POLICIES[policy], Weights()),
             policy=policy,
-            instance_id=9,
+            feed=Feed(9, self._stopped),
             stopped=self._stopped,
         )
 

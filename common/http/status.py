@@ -1,0 +1,80 @@
+"""What operators ask a frontend: who is there, and what of them is known."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from common.errors import PipelineError, Unavailable
+from common.http.openapi import errors
+from common.messages import Message, RouterStatus, WorkersRequest
+from common.remote import Remote
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+
+ROUTER_SECONDS = 2.0  # for a router to say what it knows
+
+
+class WorkersReport(Message):
+    """The answer of GET /workers."""
+
+    routers: list[RouterStatus]
+
+
+class Health(Message):
+    """The answer of GET /health."""
+
+    status: str
+    instances: dict[str, int]
+
+
+class Status:
+    """Answers GET /workers, /health and /live."""
+
+    def __init__(
+        self,
+        stages: Mapping[str, Remote[Any, Any]],
+        routers: Remote[WorkersRequest, RouterStatus],
+        stopping: Callable[[], bool],
+    ) -> None:
+        """stages: what must have an instance for this pipeline to be healthy; stopping: whether this program is."""
+        self.stages = stages
+        self._routers = routers
+        self._stopping = stopping
+
+    def routes(self) -> APIRouter:
+        """The paths."""
+        routes = APIRouter()
+        routes.add_api_route("/workers", self.get_workers, responses=errors(503))
+        routes.add_api_route("/health", self.get_health, response_model=Health, responses={503: {"model": Health}})
+        routes.add_api_route("/live", self.get_live)
+        return routes
+
+    async def get_workers(self) -> WorkersReport:
+        """What each router knows of the workers."""
+        instances = self._routers.instance_ids()
+        if not instances:
+            raise Unavailable("no router is running; try again in a moment", code="no_router")
+        answers = await asyncio.gather(*map(self._ask_router, instances))
+        if not (routers := [answer for answer in answers if answer]):
+            raise Unavailable("no router answers; try again in a moment", code="no_router")
+        return WorkersReport(routers=routers)
+
+    async def _ask_router(self, instance_id: int) -> RouterStatus | None:
+        """What one router knows; None if it does not say, because it has died or hangs."""
+        with suppress(PipelineError, TimeoutError):
+            async with asyncio.timeout(ROUTER_SECONDS):
+                return await self._routers.call(WorkersRequest(), instance_id)
+        return None
+
+    async def get_health(self) -> Response:
+        """Whether a request would be answered: 200 if every stage has an instance, else 503."""
+        instances = {name: len(remote.instance_ids()) for name, remote in self.stages.items()}
+        healthy = all(instances.values()) and not self._stopping()
+        health = Health(status="healthy" if healthy else "unhealthy", instances=instances)
+        return JSONResponse(health.model_dump(), 200 if healthy else 503)
+
+    async def get_live(self) -> dict[str, str]:
+        """Whether this process runs."""
+        return {"status": "live"}

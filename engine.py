@@ -3,6 +3,7 @@
     inference.engine.generate    token ids and sampling options -> token ids, as they are made
     inference.engine.describe    what this worker is: model, block size, capacity, addresses
     inference.engine.cache       every block in its KV cache, for routers that come late
+    inference.engine.die         nothing, in a demo
 
 It speaks Dynamo's own worker protocol, so that any Dynamo worker can stand in for it and it can serve Dynamo's own
 frontend. On ZMQ it publishes what enters and leaves its KV cache, and its load; `describe` says where.
@@ -18,11 +19,12 @@ import sys
 
 from common.coalescer import Coalescer
 from common.engines.announcement import Announcement
-from common.messages import CACHE, DESCRIBE_WORKER, GENERATE, WorkerInfo
+from common.engines.demo import die
+from common.messages import CACHE, DESCRIBE_WORKER, DIE, GENERATE, WorkerInfo
 from common.model import add_options, identify, resolve_model
 from common.service import Service, parser, run
 
-from dynamo.runtime import DistributedRuntime, Endpoint, dynamo_worker
+from dynamo.runtime import DistributedRuntime, dynamo_worker
 
 
 @dynamo_worker()
@@ -36,7 +38,6 @@ async def serve_sglang(runtime: DistributedRuntime, args: argparse.Namespace) ->
 
     service = Service(runtime, drain_seconds=args.drain_seconds)
     coalescer = Coalescer(args.coalesce_ms)
-    describe, cache = runtime.endpoint(DESCRIBE_WORKER.path), runtime.endpoint(CACHE.path)
     generate = runtime.endpoint(GENERATE.path)
     model_path = resolve_model(args.model)
     engine = SglangEngine.start(
@@ -53,7 +54,7 @@ async def serve_sglang(runtime: DistributedRuntime, args: argparse.Namespace) ->
     try:
         await engine.connect(generate)
         async with service:
-            announce(service, engine.info, describe=describe, cache=cache)
+            announce(service, runtime, engine.info, demo=args.demo)
             service.add(generate, GENERATE, lambda *request: coalescer.coalesced(engine.generate(*request)))
             await service.serve()
             service.background(engine.publish(generate, register=args.register_model))
@@ -65,7 +66,6 @@ async def serve_sglang(runtime: DistributedRuntime, args: argparse.Namespace) ->
 async def serve_mocker(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     from common.engines.mocker_engine import MockerEngine
 
-    describe, cache = runtime.endpoint(DESCRIBE_WORKER.path), runtime.endpoint(CACHE.path)
     generate = runtime.endpoint(GENERATE.path)
     model_path = resolve_model(args.model)
     engine = await MockerEngine.start(
@@ -79,19 +79,21 @@ async def serve_mocker(runtime: DistributedRuntime, args: argparse.Namespace) ->
         speedup=args.mocker_speedup,
     )
     async with Service(runtime, drain_seconds=args.drain_seconds) as service:
-        announce(service, engine.info, describe=describe, cache=cache)
+        announce(service, runtime, engine.info, demo=args.demo)
         service.add_served(generate, GENERATE, lambda: engine.run(runtime))
         await service.serve()
         service.background(engine.publish())
         await service.stopped()
 
 
-def announce(service: Service, info: WorkerInfo, *, describe: Endpoint, cache: Endpoint) -> None:
-    """Tell routers what this worker is, and what is in its cache."""
+def announce(service: Service, runtime: DistributedRuntime, info: WorkerInfo, *, demo: bool) -> None:
+    """Tell routers what this worker is, and what is in its cache. demo: also die for those who ask for it."""
     announcement = Announcement(info)
     service.background(announcement.follow())
-    service.add(cache, CACHE, announcement.snapshot)
-    service.add(describe, DESCRIBE_WORKER, announcement.describe)
+    service.add(runtime.endpoint(CACHE.path), CACHE, announcement.snapshot)
+    service.add(runtime.endpoint(DESCRIBE_WORKER.path), DESCRIBE_WORKER, announcement.describe)
+    if demo:
+        service.add(runtime.endpoint(DIE.path), DIE, die)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -101,6 +103,7 @@ def arguments() -> argparse.ArgumentParser:
     options.add_argument("--worker-id", help="its name in logs and response headers; default: its instance id")
     options.add_argument("--backend", choices=["sglang", "mocker"], default="sglang", help="mocker: a simulated engine")
     options.add_argument("--host", default="127.0.0.1", help="address at which routers reach this machine")
+    options.add_argument("--demo", action="store_true", help="let this engine be killed from the page")
     Coalescer.add_option(options)
     sglang = options.add_argument_group("sglang")
     sglang.add_argument(

@@ -24,7 +24,9 @@ from typing import Any
 
 from common.errors import Cancelled, Internal, InvalidRequest, Unavailable
 from common.events import WATCH_FRONTEND, WATCH_PROCESSOR, WATCH_ROUTER, Feed
+from common.http import page
 from common.http.body import JsonRoute
+from common.http.demo import Demo
 from common.http.event_stream import EventStream
 from common.http.events import RequestEvents
 from common.http.exchange import Exchange, Exchanges, Observer, add_error_handlers
@@ -34,7 +36,7 @@ from common.http.processors import Processors
 from common.http.server import listening
 from common.http.status import Status
 from common.http.watch import Watch
-from common.messages import FIND_WORKER, GENERATE, WORKERS
+from common.messages import DIE, FIND_WORKER, GENERATE, WORKERS
 from common.openai_api import (
     CHAT_COMPLETIONS,
     COMPLETE,
@@ -267,6 +269,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     workers = Remote(WORKERS, await runtime.endpoint(WORKERS.path).client())
     router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
     engine = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())
+    mortals = Remote(DIE, await runtime.endpoint(DIE.path).client())
     specs = (WATCH_FRONTEND, WATCH_PROCESSOR, WATCH_ROUTER)
     feeds = [Remote(spec, await runtime.endpoint(spec.path).client()) for spec in specs]
     stages: dict[str, Remote[Any, Any]] = {"processor": process, "router": router, "engine": engine}
@@ -288,9 +291,11 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     status = Status(stages, workers, lambda: service.stopping)
     # What is seen of the pipeline from outside, beside the path of requests.
     feed = Feed(endpoint.connection_id(), service.stopped)
-    watch = Watch(feeds, status, service.stopped, frontend=feed.instance_id, prompts=args.show_prompts)
-    observers = [RequestEvents(feed, show_prompts=args.show_prompts)]
-    app = frontend.app(args.cors_origin, [status.routes(), watch.routes()], observers)
+    hello = {"frontend": feed.instance_id, "prompts": args.show_prompts, "demo": args.demo}
+    routes = [status.routes(), Watch(feeds, status, service.stopped, hello).routes(), page.routes()]
+    if args.demo:
+        routes.append(Demo(mortals).routes())
+    app = frontend.app(args.cors_origin, routes, [RequestEvents(feed, show_prompts=args.show_prompts)])
     # Around the service: while that waits for the requests in progress, they still have their connections.
     async with listening(app, args.host, args.port, reuse_port=args.reuse_port), service:
         service.add(events, WATCH_FRONTEND, feed.watch)
@@ -316,6 +321,7 @@ def arguments() -> argparse.ArgumentParser:
         "--keepalive-seconds", type=float, default=15.0, help="a client that waits hears of it so often; 0: never"
     )
     options.add_argument("--strict-fields", action="store_true", help="refuse fields that nobody here knows")
+    options.add_argument("--demo", action="store_true", help="let engines be killed from the page")
     options.add_argument("--show-prompts", action="store_true", help="let those who watch read their first words")
     return options
 

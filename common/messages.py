@@ -255,6 +255,20 @@ class WorkerInfo(Message):
 DESCRIBE_WORKER = EndpointSpec("engine", "describe", DescribeRequest, WorkerInfo)
 
 
+# Engine: inference.engine.die, in a demo
+
+
+class DieRequest(Message):
+    """Asks an engine to die as if its machine had: with SIGKILL, in the middle of everything."""
+
+
+class Die(Message):
+    """Never comes."""
+
+
+DIE = EndpointSpec("engine", "die", DieRequest, Die)
+
+
 # Engine: inference.engine.cache
 
 

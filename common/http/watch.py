@@ -56,7 +56,7 @@ class Watch:
         feeds: Sequence[Remote[WatchRequest, Events]],
         status: Status,
         stopped: Callable[[], Awaitable[None]],
-        **hello: object,
+        hello: Mapping[str, object],
     ) -> None:
         """feeds: the endpoints that tell; stopped: returns when this program leaves; hello: what a page is told first,
         besides the version."""

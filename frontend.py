@@ -17,6 +17,7 @@ processor and the router in the same process.
 import argparse
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -33,6 +34,7 @@ from common.http.exchange import Exchange, Exchanges, Observer, add_error_handle
 from common.http.forms import ChatForm, Form, TextForm
 from common.http.openapi import PARAMETERS, answer, describe_answers, errors
 from common.http.processors import Processors
+from common.http.recorder import Recorder
 from common.http.server import listening
 from common.http.status import Status
 from common.http.watch import Watch
@@ -295,7 +297,10 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     routes = [status.routes(), Watch(feeds, status, service.stopped, hello).routes(), page.routes()]
     if args.demo:
         routes.append(Demo(mortals).routes())
-    app = frontend.app(args.cors_origin, routes, [RequestEvents(feed, show_prompts=args.show_prompts)])
+    observers: list[Observer] = [RequestEvents(feed, show_prompts=args.show_prompts)]
+    if args.record:
+        observers.append(Recorder(args.record))
+    app = frontend.app(args.cors_origin, routes, observers)
     # Around the service: while that waits for the requests in progress, they still have their connections.
     async with listening(app, args.host, args.port, reuse_port=args.reuse_port), service:
         service.add(events, WATCH_FRONTEND, feed.watch)
@@ -322,6 +327,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     options.add_argument("--strict-fields", action="store_true", help="refuse fields that nobody here knows")
     options.add_argument("--demo", action="store_true", help="let engines be killed from the page")
+    options.add_argument("--record", type=os.path.abspath, help="file to write a trace of the traffic to, without text")
     options.add_argument("--show-prompts", action="store_true", help="let those who watch read their first words")
     return options
 

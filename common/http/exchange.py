@@ -78,6 +78,7 @@ class Exchange:
         self._observers = observers
         self.began = time.perf_counter()
         self.first: float | None = None  # when the first chunk came
+        self.chunks = 0
         self.completion_request: GenerationRequest | None = None  # once its body is known to be one
         self.ignored: list[str] = []  # fields of its body that nobody here knows
         self.routing: Routing | None = None
@@ -124,6 +125,7 @@ class Exchange:
 
     def noted(self, chunk: ChatCompletionChunk) -> ChatCompletionChunk:
         """The chunk, once what it says is remembered. Raises Internal if it says nonsense."""
+        self.chunks += 1
         if chunk.routing:
             self.routing, chunk.routing = chunk.routing, UNSET  # the headers say it, unless it came too late for that
         for choice in chunk.choices:

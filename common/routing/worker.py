@@ -1,6 +1,7 @@
 """A worker as the router sees it: what it announced, and the load on it."""
 
 import asyncio
+import logging
 import time
 from bisect import bisect_left
 from collections import Counter, deque
@@ -11,6 +12,10 @@ from dataclasses import dataclass, field
 from common.kv_events import Lost, Update
 from common.messages import LoadStat, ModelIdentity, WorkerInfo
 
+log = logging.getLogger(__name__)
+
+SILENT_SECONDS = 5.0  # without a report, which come every second
+GAPS = 3  # times its longest silence so far
 REPORT_SECONDS = 0.5  # a report may still count requests that ended this recently
 
 
@@ -62,6 +67,10 @@ class Worker:
         self.lost = 0
         self.event_at: float | None = None  # when the last event came, on the monotonic clock
         self.event_lag: float | None = None  # seconds
+        self.silent_since: float | None = None  # seconds since the epoch
+        self.silent = asyncio.Event()  # whether it is
+        self._heard_at = 0.0  # when it last spoke, on the monotonic clock; 0 if never
+        self._longest_gap = 0.0  # seconds between two signs of life, while it was not taken for silent
 
     @property
     def prefill_blocks(self) -> float:
@@ -163,6 +172,29 @@ class Worker:
             self.event_at = time.monotonic()
             self.event_lag = item.lag
 
+    def check_silence(self) -> None:
+        """Take it for silent if it was not heard of for long: it hangs, or cannot be reached.
+
+        How long that is depends on its own pace: what is slow reports seldom. One that never reported may be of a kind
+        that does not.
+        """
+        if self._heard_at and self.silent_since is None:
+            silence = time.monotonic() - self._heard_at
+            if silence > max(SILENT_SECONDS, GAPS * self._longest_gap):
+                self.silent_since = time.time() - silence
+                self.silent.set()
+                log.warning("worker %s is silent: nothing has come from it for %.1f s", self.name, silence)
+
+    def _on_sign_of_life(self) -> None:
+        now = time.monotonic()
+        if self._heard_at:
+            self._longest_gap = max(self._longest_gap, now - self._heard_at)
+        if self.silent_since is not None:
+            log.info("worker %s speaks again", self.name)
+            self.silent_since = None
+            self.silent.clear()
+        self._heard_at = now
+
     def on_report(self, stat: LoadStat) -> None:
         """Take in the worker's own account. What it has beyond our leases is work that others sent, and the tokens
         generated so far.
@@ -172,6 +204,7 @@ class Worker:
         """
         if self.info is None:
             return
+        self._on_sign_of_life()
         self._forget_ended()
         explained = self._leased + sum(blocks for _, blocks in self._ended)
         block_size = self.info.model.block_size

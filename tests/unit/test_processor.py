@@ -33,9 +33,11 @@ from common.openai_api import ChatCompletionChunk, ChunkChoice, Delta, Routing, 
 from common.openai_request import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from common.remote import Remote
 from common.text.generation import Generation, best, generations_of
+from common.text.lease import Limits
+from common.text.routers import Routers
 from common.text.sglang_parsers import ParserNames
 from common.text.token_texts import TokenTexts
-from processor import MIGRATIONS, Processor
+from processor import Processor
 from tests.unit.stand_ins import Handler, LocalClient, identity
 
 import pytest
@@ -81,6 +83,10 @@ class TinyModel:
         return SamplingOptions(**asked)
 
 
+MIGRATIONS = 3
+NEVER = Limits(first_token=0, next_token=0)
+
+
 class Pipeline:
     """A processor, with a router and engines that play their parts.
 
@@ -93,6 +99,8 @@ class Pipeline:
         context_length: int | None = None,
         coalesce_ms: float = 0.0,
         simulated: bool = False,
+        limits: Limits = NEVER,
+        migration_limit: int = MIGRATIONS,
     ) -> None:
         self._context_length = context_length
         self._simulated = simulated
@@ -106,10 +114,12 @@ class Pipeline:
         self.processor = Processor(
             model,
             identity(),
-            router=Remote(FIND_WORKER, router),
+            routers=Routers(Remote(FIND_WORKER, router), self.engines.instance_ids),
             engines=Remote(GENERATE, engine),
             coalescer=Coalescer(coalesce_ms),
             feed=Feed(9, asyncio.Event().wait),
+            limits=limits,
+            migration_limit=migration_limit,
         )
 
     async def _find_worker(self, body: Any, context: Context) -> AsyncIterator[Any]:
@@ -242,12 +252,14 @@ class TestAnswer:
         ]
         assert [chunk.choices[0].delta.role for chunk in chunks[:-1]] == ["assistant", None]
 
-    def test_only_what_a_client_may_see_is_sent(self) -> None:
+    def test_only_what_a_client_may_see_is_sent_and_what_a_frontend_must_know(self) -> None:
         first, last, counts = (chunk.encode() for chunk in Pipeline([output(A), output(B, finish_reason="eos")]).ask())
         assert first.keys() == {"id", "object", "created", "model", "system_fingerprint", "choices", "routing"}
         assert last.keys() == first.keys() - {"routing"}
         assert counts.keys() == {*first.keys(), "usage"}
-        assert last["choices"] == [{"index": 0, "delta": {"content": "b"}, "logprobs": None, "finish_reason": "stop"}]
+        (choice,) = last["choices"]
+        assert choice.pop("token_ids") == [B]
+        assert choice == {"index": 0, "delta": {"content": "b"}, "logprobs": None, "finish_reason": "stop"}
 
     def test_all_chunks_have_one_fingerprint(self) -> None:
         (fingerprint,) = {chunk.system_fingerprint for chunk in Pipeline([output(A, finish_reason="stop")]).ask()}
@@ -468,13 +480,13 @@ class TestMigration:
 
     def test_but_not_for_ever(self) -> None:
         dies: Script = [output(A), DEAD]
-        pipeline = Pipeline(*[dies] * (MIGRATIONS + 5))
+        pipeline = Pipeline(*[dies] * (MIGRATIONS + 5), migration_limit=MIGRATIONS)
         with pytest.raises(Unavailable):
             pipeline.ask()
         assert len(pipeline.generated) == MIGRATIONS + 1
 
     def test_when_all_have_failed_it_is_the_router_who_says_so(self) -> None:
-        pipeline = Pipeline([DEAD], [DEAD])
+        pipeline = Pipeline([output(A), DEAD], [output(A), DEAD])
         with pytest.raises(Unavailable, match="every engine has failed") as refusal:
             pipeline.ask()
         assert refusal.value.code == "no_worker"

@@ -327,7 +327,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     options.add_argument("--migration-limit", type=int, default=3, help="times that a request may move to another one")
     options.add_argument(
-        "--processor-seconds", type=float, default=10.0, help="to wait for a processor if none is there"
+        "--processor-seconds", type=float, default=30.0, help="to wait for a processor if none is there"
     )
     options.add_argument("--strict-fields", action="store_true", help="refuse fields that nobody here knows")
     options.add_argument("--demo", action="store_true", help="let engines be killed from the page")

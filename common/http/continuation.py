@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Generic, TypeVar
 
-from common.errors import Unavailable, Unreachable
+from common.errors import Lost, Unavailable
 from common.openai_api import ChatCompletionChunk
 from common.openai_request import AnswerSoFar, GenerationRequest, Resume
 from common.remote import linked
@@ -77,7 +77,7 @@ async def continued(
                     progress.note(chunk)
                     yield chunk
             return
-        except Unreachable as error:  # an error that a processor says is of another kind
+        except Lost as error:
             if context.is_stopped() or not progress.resumable or moved >= moves:
                 raise
             moved += 1

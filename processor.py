@@ -33,6 +33,7 @@ from common.log import log_request
 from common.messages import (
     FIND_WORKER,
     GENERATE,
+    WORKERS,
     DescribeRequest,
     EngineOutput,
     GenerateRequest,
@@ -64,7 +65,7 @@ from common.service import Service, parser, request_id, run
 from common.text.answer import Answer, Completion
 from common.text.chat_model import ChatModel
 from common.text.generation import Generation, best, check_ids, generations_of, resume, routing_of, usage_of
-from common.text.lease import Lease, Limits
+from common.text.limits import Limits
 from common.text.merged import merged
 from common.text.reasoning import Reasoning
 from common.text.routers import Routers
@@ -94,7 +95,6 @@ class Processor:
         engines: Remote[GenerateRequest, EngineOutput],
         coalescer: Coalescer,
         feed: Feed,
-        limits: Limits,
         migration_limit: int = 3,
     ) -> None:
         self._model = model
@@ -103,7 +103,6 @@ class Processor:
         self._engines = engines
         self._coalescer = coalescer
         self._feed = feed
-        self._limits = limits
         self._migration_limit = migration_limit
         self._created = int(time.time())
         self._fingerprint = f"fp_{identity.tokenizer or identity.name}"[:24]
@@ -260,17 +259,18 @@ class Processor:
             wanted = generation.find_worker_request(self._identity, context)
             if tell:
                 tell(Asked(processor=self._feed.instance_id, tokens=wanted.tokens, blocks=len(wanted.local_hashes)))
-            async with self._routers.lease(wanted, context) as lease:
-                generation.check(lease.decision)
-                generation.decision = lease.decision
+            async with self._routers.lease(wanted, context) as decision:
+                generation.check(decision)
+                generation.decision = decision
                 generation.decided.set()
-                async with aclosing(self._attempt(generation, lease, context)) as outputs:
+                async with aclosing(self._attempt(generation, decision, context)) as outputs:
                     async for output in outputs:
                         yield output
 
-    async def _attempt(self, generation: Generation, lease: Lease, context: Context) -> AsyncGenerator[EngineOutput]:
+    async def _attempt(
+        self, generation: Generation, decision: RoutingDecision, context: Context
+    ) -> AsyncGenerator[EngineOutput]:
         """Yield what this worker generates. If it fails on the way, that is noted in `generation`."""
-        decision = lease.decision
         limit = generation.limit(min(self._model.context_length, decision.context_length or sys.maxsize))
         if generation.generated >= limit:  # only the word that the answer is finished was lost
             generation.finished = True
@@ -279,7 +279,7 @@ class Processor:
         before = generation.generated
         request = generation.generate_request(self._model, limit - before)
         try:
-            async with aclosing(self._stream(request, context, lease)) as outputs:
+            async with aclosing(self._stream(request, context, decision.instance_id)) as outputs:
                 async for output in outputs:
                     if output.finish_reason == "cancelled":
                         raise _gave_up(decision, context)
@@ -311,15 +311,14 @@ class Processor:
         except Internal as error:
             raise Internal(f"worker {decision.worker_id} failed: {error}") from error
 
-    def _stream(self, request: GenerateRequest, context: Context, lease: Lease) -> AsyncGenerator[EngineOutput]:
-        """What the worker of a lease answers, for as long as there is hope."""
-        there = self._engines.instance_ids
+    def _stream(self, request: GenerateRequest, context: Context, instance_id: int) -> AsyncGenerator[EngineOutput]:
+        """What a worker answers, for as long as there is hope."""
         return self._engines.stream(
             request,
             context,
-            [lease.decision.instance_id],
-            hopeless=lease.hopeless(self._limits, there),
-            ack_seconds=ACK_SECONDS if len(there()) > 1 else None,
+            [instance_id],
+            hopeless=self._routers.hopeless(instance_id),
+            ack_seconds=ACK_SECONDS if len(self._engines.instance_ids()) > 1 else None,
         )
 
 
@@ -357,6 +356,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     complete = runtime.endpoint(COMPLETE.path)
     tokenize, detokenize = runtime.endpoint(TOKENIZE.path), runtime.endpoint(DETOKENIZE.path)
     router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
+    status = Remote(WORKERS, await runtime.endpoint(WORKERS.path).client())
     engines = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())
     model = ChatModel(
         resolved,
@@ -372,11 +372,10 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
         processor = Processor(
             model,
             identity,
-            routers=Routers(router, engines.instance_ids),
+            routers=Routers(router, status, engines.instance_ids, Limits.of(args)),
             engines=engines,
             coalescer=coalescer,
             feed=feed,
-            limits=Limits.of(args),
             migration_limit=args.migration_limit,
         )
         service.add(events, WATCH_PROCESSOR, feed.watch)

@@ -100,14 +100,8 @@ class Router:
             self._fleet.remember(request, best.worker.instance_id)
             name, blocks = best.worker.name, round(prompt.blocks, 1)
             log_request(log, request_id, worker=name, prompt_blocks=blocks, overlap_blocks=best.overlap_blocks)
-            answer = decision(best, costs if request.explain else ())
-            yield answer
-            over = (context.async_killed_or_stopped, self._stopped)
-            await first_of(*(one() for one in over), self._fleet.abandoned(best.worker))
-            if best.worker.silent.is_set() and not context.is_stopped():
-                answer.revoked = f"worker {name} is silent"
-                yield answer
-                await first_of(*(one() for one in over))
+            yield decision(best, costs if request.explain else ())
+            await first_of(context.async_killed_or_stopped(), self._stopped())
         watch.on_finished(prompt)
 
     def _decided(self, best: Candidate, costs: Sequence[WorkerCost]) -> Decided:

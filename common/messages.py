@@ -190,7 +190,6 @@ class RoutingDecision(StructMessage, kw_only=True, omit_defaults=True):
     context_length: int | None = None  # tokens of prompt and answer together; None if the worker did not say
     simulated: bool = False
     reasons: list[WorkerCost] = []  # for each candidate, if asked to explain
-    revoked: str | None = None  # on a second message: why the worker is not to be waited for any longer
     by_load: bool = False  # whether no router chose it, because none answered
 
 
@@ -222,6 +221,7 @@ class WorkerStatus(Message):
     overlap_blocks: int = 0  # of those, the ones that were cached there
     events: int = 0  # batches of KV events received
     lost: int = 0  # times that events were lost for good, and the cache was read again
+    silent_seconds: float | None = None  # since it was heard of, once it is taken for hanging
     last_event_seconds: float | None = None  # since the last one came
     event_lag_seconds: float | None = None  # that it took to come, if the clocks of both machines agree
 

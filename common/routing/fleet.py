@@ -1,6 +1,5 @@
 """The workers that a router may choose from: their caches, their load, and which of them fit a request."""
 
-import asyncio
 import logging
 import time
 from collections import OrderedDict
@@ -14,7 +13,6 @@ from common.routing.worker import Prompt, Worker
 log = logging.getLogger(__name__)
 
 SESSIONS = 100_000  # remembered; the one that was quiet for longest is forgotten first
-LOOK_SECONDS = 0.1  # between looks at whether there are other workers than a silent one
 UNSERVED = 16  # identities that nobody fits, shown to people
 
 
@@ -75,7 +73,7 @@ class Fleet:
         ]
         if not candidates:
             raise Unavailable(self._nobody(request), code="no_worker")
-        candidates = [one for one in candidates if not one.worker.silent.is_set()] or candidates
+        candidates = [one for one in candidates if one.worker.silent_since is None] or candidates
         candidates = [one for one in candidates if one.worker.instance_id == request.beside] or candidates
         for candidate in candidates:
             candidate.peers = candidates
@@ -105,20 +103,6 @@ class Fleet:
         if len(self._sessions) > SESSIONS:
             self._sessions.popitem(last=False)
 
-    async def abandoned(self, worker: Worker) -> None:
-        """Return once a worker is silent and another one could have its requests."""
-        while not (worker.silent.is_set() and self._others(worker)):
-            await worker.silent.wait()
-            await asyncio.sleep(LOOK_SECONDS)
-
-    def _others(self, worker: Worker) -> bool:
-        """Whether there are workers of the same model that are not silent."""
-        model = worker.info.model if worker.info else None
-        return any(
-            not other.silent.is_set() and (model is None or other.mismatch(model) is None)
-            for other in self.workers.values()
-        )
-
     def _nobody(self, request: FindWorkerRequest) -> str:
         """Why no worker can take a request."""
         reasons = [(worker.name, worker.mismatch(request.model)) for worker in self.workers.values()]
@@ -144,6 +128,7 @@ class Fleet:
             status="joined" if worker.info else "silent",
             model=worker.info.model if worker.info else None,
             reason=worker.reason if worker.silent_since is None else f"silent since {_clock(worker.silent_since)}",
+            silent_seconds=None if worker.silent_since is None else time.time() - worker.silent_since,
             total_blocks=worker.info.total_blocks if worker.info else None,
             cached_blocks=self.index.blocks(worker.instance_id),
             prefill_blocks=worker.prefill_blocks,

@@ -68,7 +68,6 @@ class Worker:
         self.event_at: float | None = None  # when the last event came, on the monotonic clock
         self.event_lag: float | None = None  # seconds
         self.silent_since: float | None = None  # seconds since the epoch
-        self.silent = asyncio.Event()  # whether it is
         self._heard_at = 0.0  # when it last spoke, on the monotonic clock; 0 if never
         self._longest_gap = 0.0  # seconds between two signs of life, while it was not taken for silent
 
@@ -182,7 +181,6 @@ class Worker:
             silence = time.monotonic() - self._heard_at
             if silence > max(SILENT_SECONDS, GAPS * self._longest_gap):
                 self.silent_since = time.time() - silence
-                self.silent.set()
                 log.warning("worker %s is silent: nothing has come from it for %.1f s", self.name, silence)
 
     def _on_sign_of_life(self) -> None:
@@ -192,7 +190,6 @@ class Worker:
         if self.silent_since is not None:
             log.info("worker %s speaks again", self.name)
             self.silent_since = None
-            self.silent.clear()
         self._heard_at = now
 
     def on_report(self, stat: LoadStat) -> None:

@@ -4,40 +4,51 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 
 from common.errors import Cancelled, Internal, PipelineError, Unavailable, Unreachable
-from common.messages import FindWorkerRequest, RoutingDecision
+from common.messages import FindWorkerRequest, RouterStatus, RoutingDecision, WorkersRequest
+from common.patience import Hopeless
 from common.remote import Remote
-from common.text.lease import Lease
+from common.text.limits import Limits
 
 from dynamo.runtime import Context
 from msgspec.structs import replace
 
 log = logging.getLogger(__name__)
 
-ANSWER_SECONDS = 0.5  # for a router that decides nothing else either to answer
+ANSWER_SECONDS = 0.5  # for a router to answer that decides nothing else either
 RESTART_SECONDS = 5.0  # to wait for a router that is restarting, if no worker is known
 RETRY_SECONDS = 0.1
+QUIET_SECONDS = 2.0  # of a worker, after which routers are asked about it
+LOOK_SECONDS = 1.0  # between questions to routers
 
 
 class Routers:
-    """Asks routers for workers."""
+    """Asks routers for workers, and about them."""
 
     def __init__(
-        self, router: Remote[FindWorkerRequest, RoutingDecision], instance_ids: Callable[[], list[int]]
+        self,
+        router: Remote[FindWorkerRequest, RoutingDecision],
+        status: Remote[WorkersRequest, RouterStatus],
+        instance_ids: Callable[[], list[int]],
+        limits: Limits,
     ) -> None:
         """instance_ids: the workers that are registered now."""
         self._router = router
+        self._status = status
         self._instance_ids = instance_ids
+        self._limits = limits
         self._answered: dict[int, float] = {}  # by router, when it last decided, on the loop's clock
         self._known: dict[int, RoutingDecision] = {}  # by worker, the last decision for it
         self._requests = Counter[int]()  # by worker, those in progress there of which no router knows
         self._alone = False  # whether the log knows that no router answers
+        self._silent: set[int] = set()  # workers that hang, and whose requests others could take
+        self._looking: asyncio.Task[None] | None = None
 
     @asynccontextmanager
-    async def lease(self, wanted: FindWorkerRequest, context: Context) -> AsyncIterator[Lease]:
+    async def lease(self, wanted: FindWorkerRequest, context: Context) -> AsyncIterator[RoutingDecision]:
         """A worker, which a router counts as loaded while the block runs.
 
         Raises Unavailable if no router answers and no worker is known, Cancelled if `context` is stopped first, and
@@ -46,7 +57,7 @@ class Routers:
         async with AsyncExitStack() as stack:
             yield await self._find(wanted, context, stack)
 
-    async def _find(self, wanted: FindWorkerRequest, context: Context, stack: AsyncExitStack) -> Lease:
+    async def _find(self, wanted: FindWorkerRequest, context: Context, stack: AsyncExitStack) -> RoutingDecision:
         now = asyncio.get_running_loop().time
         deadline = now() + RESTART_SECONDS
         while not context.is_stopped():
@@ -60,16 +71,16 @@ class Routers:
                         error = unreachable
                         self._router.suspect(instance_id)
             if decision := self._by_load(wanted):
-                self._say(alone=True)
                 return stack.enter_context(self._unrouted(decision))
             if now() > deadline:
-                text = "no router is running; try again in a moment"
-                raise error or Unavailable(text, code="no_router")
+                raise error or Unavailable("no router is running; try again in a moment", code="no_router")
             await asyncio.sleep(RETRY_SECONDS)
         raise Cancelled("the caller went away")
 
     @asynccontextmanager
-    async def _asked(self, instance_id: int, wanted: FindWorkerRequest, parent: Context) -> AsyncIterator[Lease]:
+    async def _asked(
+        self, instance_id: int, wanted: FindWorkerRequest, parent: Context
+    ) -> AsyncIterator[RoutingDecision]:
         """What one router says. Raises Unreachable if it does not answer."""
         loop = asyncio.get_running_loop()
 
@@ -79,22 +90,18 @@ class Routers:
 
         context = Context(metadata=dict(parent.metadata))  # of its own: it ends with the lease
         ack = ANSWER_SECONDS if self._known else None
-        items = self._router.stream(wanted, context, [instance_id], hopeless=hopeless, ack_seconds=ack)
-        async with aclosing(items):
+        async with aclosing(
+            self._router.stream(wanted, context, [instance_id], hopeless=hopeless, ack_seconds=ack)
+        ) as items:
             try:
-                lease = Lease(await anext(items))
-            except StopAsyncIteration:
-                raise Internal(f"{self._router.spec.path} answered nothing") from None
-            self._say(alone=False)
-            self._answered[instance_id] = loop.time()
-            self._known[lease.decision.instance_id] = lease.decision
-            following = asyncio.create_task(_follow(items, lease))
-            try:
-                yield lease
+                if not (decision := await anext(items, None)):
+                    raise Internal(f"{self._router.spec.path} answered nothing")
+                self._answered[instance_id] = loop.time()
+                self._known[decision.instance_id] = decision
+                self._say(alone=False)
+                yield decision
             finally:
                 context.stop_generating()
-                following.cancel()
-                await asyncio.wait([following])
 
     def _by_load(self, wanted: FindWorkerRequest) -> RoutingDecision | None:
         """The known worker with the fewest requests of ours; the one of another answer to the prompt, if there is."""
@@ -109,10 +116,11 @@ class Routers:
         return self._known[random.choice([one for one in choices if self._requests[one] == fewest])]
 
     @contextmanager
-    def _unrouted(self, known: RoutingDecision) -> Iterator[Lease]:
+    def _unrouted(self, known: RoutingDecision) -> Iterator[RoutingDecision]:
+        self._say(alone=True)
         self._requests[known.instance_id] += 1
         try:
-            yield Lease(replace(known, overlap_blocks=0, cost=0.0, reasons=[], by_load=True))
+            yield replace(known, overlap_blocks=0, cost=0.0, reasons=[], by_load=True)
         finally:
             self._requests[known.instance_id] -= 1
 
@@ -124,8 +132,41 @@ class Routers:
             log.info("a router answers again")
         self._alone = alone
 
+    def hopeless(self, instance_id: int) -> Hopeless:
+        """When to give a worker up: a limit is exceeded, it has left and says nothing, or routers say that it hangs."""
 
-async def _follow(items: AsyncGenerator[RoutingDecision], lease: Lease) -> None:
-    with suppress(PipelineError):  # a router that dies takes its lease along, and nothing else
-        async for decision in items:
-            lease.revoked = decision.revoked
+        def reason(silence: float, begun: bool) -> str | None:
+            if self._limits.exceeded(silence, begun):
+                return f"it has said nothing for {silence:.0f} s"
+            if silence < QUIET_SECONDS:
+                return None
+            if instance_id not in self._instance_ids():  # one that drains has left too, but is not silent
+                return f"it is no longer registered, and has said nothing for {silence:.0f} s"
+            self._look()
+            return "it hangs, by what a router knows" if instance_id in self._silent else None
+
+        return reason
+
+    def _look(self) -> None:
+        """Have routers asked which workers hang."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._ask_for_silent())
+
+    async def _ask_for_silent(self) -> None:
+        silent: set[int] = set()
+        for instance_id in self._status.instance_ids():
+            with suppress(PipelineError, TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    silent |= silent_workers(await self._status.call(WorkersRequest(), instance_id))
+        self._silent = silent
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+def silent_workers(status: RouterStatus) -> set[int]:
+    """Workers that hang, if there are others of the same model that do not."""
+    alive = {worker.model.name for worker in status.workers if worker.model and worker.silent_seconds is None}
+    return {
+        worker.instance_id
+        for worker in status.workers
+        if worker.silent_seconds is not None and worker.model and worker.model.name in alive
+    }

@@ -10,13 +10,13 @@ from common.errors import Internal, Lost, PipelineError, Unavailable, Unreachabl
 from common.events import Feed
 from common.http import continuation
 from common.http.continuation import continued
-from common.messages import FIND_WORKER, GENERATE, ModelIdentity
+from common.messages import FIND_WORKER, GENERATE, WORKERS, ModelIdentity
 from common.model import resolve_model
 from common.openai_api import ChatCompletionChunk
 from common.openai_request import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from common.remote import Remote
 from common.text.chat_model import ChatModel
-from common.text.lease import Limits
+from common.text.limits import Limits
 from common.text.routers import Routers
 from processor import Processor
 from tests.unit.stand_ins import LocalClient
@@ -48,16 +48,16 @@ class Pipeline:
         self._at_once = at_once
         self.requests: list[GenerationRequest] = []
         self.contexts: list[Context] = []
+        nobody: Any = LocalClient({})
         find: Any = LocalClient({0: self._find})
         generate: Any = LocalClient({1: self._generate})
         self._processor = Processor(
             model,
             ModelIdentity(name="m", block_size=16),
-            routers=Routers(Remote(FIND_WORKER, find), lambda: [1]),
+            routers=Routers(Remote(FIND_WORKER, find), Remote(WORKERS, nobody), lambda: [1], Limits()),
             engines=Remote(GENERATE, generate),
             coalescer=Coalescer(0),
             feed=Feed(9, asyncio.Event().wait),
-            limits=Limits(0, 0),
         )
         self._prompts: dict[str, int] = {}  # by the session, which is the request's, tokens of the prompt
 

@@ -19,6 +19,7 @@ from common.events import Feed
 from common.messages import (
     FIND_WORKER,
     GENERATE,
+    WORKERS,
     DescribeRequest,
     EngineOutput,
     Failure,
@@ -33,7 +34,7 @@ from common.openai_api import ChatCompletionChunk, ChunkChoice, Delta, Routing, 
 from common.openai_request import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from common.remote import Remote
 from common.text.generation import Generation, best, generations_of
-from common.text.lease import Limits
+from common.text.limits import Limits
 from common.text.routers import Routers
 from common.text.sglang_parsers import ParserNames
 from common.text.token_texts import TokenTexts
@@ -84,7 +85,6 @@ class TinyModel:
 
 
 MIGRATIONS = 3
-NEVER = Limits(first_token=0, next_token=0)
 
 
 class Pipeline:
@@ -99,7 +99,6 @@ class Pipeline:
         context_length: int | None = None,
         coalesce_ms: float = 0.0,
         simulated: bool = False,
-        limits: Limits = NEVER,
         migration_limit: int = MIGRATIONS,
     ) -> None:
         self._context_length = context_length
@@ -108,17 +107,17 @@ class Pipeline:
         self.router = LocalClient({0: self._find_worker})
         self.engines = LocalClient(dict(zip(self._workers, map(play, engines), strict=True)))
         router: Any = self.router
+        nobody: Any = LocalClient({})
         engine: Any = self.engines
         self.model = TinyModel()
         model: Any = self.model
         self.processor = Processor(
             model,
             identity(),
-            routers=Routers(Remote(FIND_WORKER, router), self.engines.instance_ids),
+            routers=Routers(Remote(FIND_WORKER, router), Remote(WORKERS, nobody), self.engines.instance_ids, Limits()),
             engines=Remote(GENERATE, engine),
             coalescer=Coalescer(coalesce_ms),
             feed=Feed(9, asyncio.Event().wait),
-            limits=limits,
             migration_limit=migration_limit,
         )
 

@@ -7,10 +7,18 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from common.errors import Cancelled, Overloaded, Unavailable
-from common.messages import FIND_WORKER, Failure, FindWorkerRequest, RoutingDecision
+from common.messages import (
+    FIND_WORKER,
+    WORKERS,
+    Failure,
+    FindWorkerRequest,
+    RouterStatus,
+    RoutingDecision,
+    WorkerStatus,
+)
 from common.remote import Remote
-from common.service import first_of
 from common.text import routers as module
+from common.text.limits import Limits
 from common.text.routers import Routers
 from tests.unit.stand_ins import LocalClient, identity
 
@@ -31,16 +39,19 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 class Scene:
     """Two routers that take turns at workers 1 to 3, until they hang, and one who asks them."""
 
-    def __init__(self, count: int = 2) -> None:
+    def __init__(self, count: int = 2, limits: Limits | None = None) -> None:
         self.hanging: set[int] = set()
         self.refusing = False
         self.there = [1, 2, 3]
         self.decided: list[tuple[int, int]] = []  # by which router, which worker
         self.contexts: list[Context] = []
-        self.revoke = asyncio.Event()
         client: Any = LocalClient({number: self._router(number) for number in range(count)})
         self.client: LocalClient = client
-        self.routers = Routers(Remote(FIND_WORKER, client), lambda: self.there)
+        status: Any = LocalClient({0: self._status, 1: self._status})
+        self.workers: list[WorkerStatus] = []
+        self.routers = Routers(
+            Remote(FIND_WORKER, client), Remote(WORKERS, status), lambda: self.there, limits or Limits()
+        )
 
     def _router(self, number: int) -> Any:
         async def find(body: Any, context: Context) -> AsyncIterator[Any]:
@@ -55,16 +66,24 @@ class Scene:
             self.decided.append((number, worker))
             decision = RoutingDecision(instance_id=worker, worker_id=f"w{worker}", overlap_blocks=2, cost=1.0)
             yield decision.encode()
-            await first_of(context.async_killed_or_stopped(), self.revoke.wait())
-            decision.revoked = "it is silent"
-            yield decision.encode()
+            await context.async_killed_or_stopped()
 
         return find
 
+    async def _status(self, body: Any, context: Context) -> AsyncIterator[Any]:
+        yield RouterStatus(router=1, policy="kv", workers=self.workers).encode()
+
+    async def given_up(self, instance_id: int, silence: float, begun: bool = True) -> str | None:
+        """Why a worker is given up after so long a silence, once routers have had the time to say something."""
+        hopeless = self.routers.hopeless(instance_id)
+        hopeless(silence, begun)
+        await asyncio.sleep(0.05)
+        return hopeless(silence, begun)
+
     async def ask(self, context: Context | None = None, **fields: Any) -> RoutingDecision:
         """A decision that is let go at once."""
-        async with self.routers.lease(wanted(**fields), context or Context("x")) as lease:
-            return lease.decision
+        async with self.routers.lease(wanted(**fields), context or Context("x")) as decision:
+            return decision
 
     async def meet_all(self) -> None:
         """Have each worker named once."""
@@ -122,13 +141,13 @@ def test_if_all_hang_the_known_worker_with_the_fewest_requests_is_taken(caplog: 
         await scene.meet_all()
         scene.hanging = {0, 1}
         async with AsyncExitStack() as stack:
-            leases = [
+            decisions = [
                 await stack.enter_async_context(scene.routers.lease(wanted(), Context(f"x{number}")))
                 for number in range(6)
             ]
-            workers = sorted(lease.decision.instance_id for lease in leases)
+            workers = sorted(decision.instance_id for decision in decisions)
             assert workers == [1, 1, 2, 2, 3, 3]
-            assert {(lease.decision.by_load, lease.decision.overlap_blocks) for lease in leases} == {(True, 0)}
+            assert {(decision.by_load, decision.overlap_blocks) for decision in decisions} == {(True, 0)}
         assert len(caplog.records) == 1
         scene.hanging = set()
         await asyncio.sleep(0.4)
@@ -192,13 +211,46 @@ def test_a_caller_that_goes_away_ends_the_wait() -> None:
     play(scenario)
 
 
-def test_a_router_can_take_a_worker_back() -> None:
-    async def scenario(scene: Scene) -> None:
-        async with scene.routers.lease(wanted(), Context("x")) as lease:
-            assert lease.revoked is None
-            scene.revoke.set()
-            while not lease.revoked:
-                await asyncio.sleep(0.01)
-            assert lease.revoked == "it is silent"
+def worker(number: int, silent_seconds: float | None = None, model: str = "m") -> WorkerStatus:
+    name = f"w{number}"
+    one = WorkerStatus(instance_id=number, worker_id=name, status="joined", model=identity(model))
+    one.silent_seconds = silent_seconds
+    return one
 
-    play(scenario)
+
+class TestWorkersThatAreGivenUp:
+    """After a silence, and for a reason."""
+
+    def test_one_that_routers_say_hangs_if_another_could_take_over(self) -> None:
+        async def scenario(scene: Scene) -> None:
+            scene.workers = [worker(1, silent_seconds=9.0), worker(2)]
+            assert await scene.given_up(1, 3.0) == "it hangs, by what a router knows"
+            assert await scene.given_up(2, 3.0) is None
+            assert await scene.given_up(1, 1.0) is None  # it has just said something
+
+        play(scenario)
+
+    @pytest.mark.parametrize("others", [[], [worker(2, 9.0)], [worker(2, model="other")]])
+    def test_but_not_if_nobody_could(self, others: list[WorkerStatus]) -> None:
+        async def scenario(scene: Scene) -> None:
+            scene.workers = [worker(1, silent_seconds=9.0), *others]
+            assert await scene.given_up(1, 1000.0) is None
+
+        play(scenario)
+
+    def test_one_that_has_left_and_is_silent(self) -> None:
+        async def scenario(scene: Scene) -> None:
+            scene.there = [2]
+            assert "no longer registered" in str(await scene.given_up(1, 3.0))
+            assert await scene.given_up(1, 1.0) is None  # it drains
+
+        play(scenario)
+
+    def test_one_that_exceeds_its_limit_before_or_after_the_first_token(self) -> None:
+        async def run() -> None:
+            scene = Scene(limits=Limits(first_token=100.0, next_token=10.0))
+            assert await scene.given_up(1, 50.0, begun=False) is None
+            assert await scene.given_up(1, 50.0) == "it has said nothing for 50 s"
+            assert await scene.given_up(1, 101.0, begun=False) == "it has said nothing for 101 s"
+
+        asyncio.run(run())

@@ -214,7 +214,7 @@ class Processor:
         usage = usage_of(generations, answers)
         chunk = completion.chunk([])
         chunk.usage = usage.encode()
-        if routing := routing_of(generations):
+        if routing := routing_of(generations, self._identity.block_size):
             chunk.routing = routing
             if "x-record" in context.metadata:  # so that the frontend can write a trace
                 routing.local_hashes = self._local_hashes(generations[0].tokens[: generations[0].prompt_tokens])

@@ -76,6 +76,7 @@ class Routing(TokenMessage, kw_only=True, omit_defaults=True):
 
     worker_id: str
     overlap_blocks: int
+    overlap_tokens: int | None = None  # what those blocks hold, on the last chunk
     migrations: int = 0  # moves from a worker that failed to this one
     local_hashes: list[int] | None = None  # of the prompt's blocks, on the last chunk, for a frontend that records
 

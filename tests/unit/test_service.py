@@ -53,8 +53,15 @@ class FakeEndpoint:
     async def client(self) -> Discovery:
         return Discovery(self)
 
-    async def serve_endpoint(self, handler: Any) -> None:
-        self.handler, self.registered = handler, True
+    @property
+    def metrics(self) -> "FakeEndpoint":
+        return self
+
+    def register_prometheus_expfmt_callback(self, callback: Callable[[], str]) -> None:
+        self.text = callback
+
+    async def serve_endpoint(self, handler: Any, metrics_labels: list[tuple[str, str]] | None) -> None:
+        self.handler, self.registered, self.labels = handler, True, metrics_labels
         if self.fails:
             await asyncio.sleep(0.01)
             raise self.fails
@@ -67,6 +74,14 @@ class FakeEndpoint:
 class FakeRuntime:
     def __init__(self) -> None:
         self.ended = asyncio.Event()
+        self.system: str | None = None
+        self.ready = False
+
+    def system_status_server_url(self) -> str | None:
+        return self.system
+
+    def set_health_status(self, ready: bool) -> None:
+        self.ready = ready
 
     def shutdown(self) -> None:
         self.ended.set()

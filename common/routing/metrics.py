@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+_WORKER = ("worker", labels.WORKER_ID)  # its name, and the instance id: a restarted one meets its own predecessor
 _HIT_RATES = [round(step * 0.05, 2) for step in range(21)]
 
 
@@ -144,46 +145,43 @@ def _load(workers: Sequence[Worker]) -> Iterable[Metric]:
     blocks = GaugeMetricFamily(
         "pipeline_worker_load_blocks",
         "KV blocks to compute (prefill) and held (decode), by who says so: leases, reports, or both as decisions count",
-        labels=("worker", "phase", "source"),
+        labels=(*_WORKER, "phase", "source"),
     )
     requests = GaugeMetricFamily(
         "pipeline_worker_requests",
         "Requests in progress, by who says so: leases or reports",
-        labels=("worker", "source"),
+        labels=(*_WORKER, "source"),
     )
-    age = GaugeMetricFamily(
-        "pipeline_worker_report_age_seconds", "Time since a worker's last report", labels=("worker",)
-    )
+    age = GaugeMetricFamily("pipeline_worker_report_age_seconds", "Time since a worker's last report", labels=_WORKER)
     for worker in workers:
+        one = _labels_of(worker)
         loads = {"leases": worker.leased, "used": (worker.prefill_blocks, worker.decode_blocks)}
-        requests.add_metric((worker.name, "leases"), worker.requests)
+        requests.add_metric((*one, "leases"), worker.requests)
         if (report := worker.report) and (reported := worker.reported):
             loads["reports"] = reported
-            requests.add_metric((worker.name, "reports"), report.running_requests + report.waiting_requests)
-            age.add_metric((worker.name,), time.monotonic() - worker.reported_at)
+            requests.add_metric((*one, "reports"), report.running_requests + report.waiting_requests)
+            age.add_metric(one, time.monotonic() - worker.reported_at)
         for source, (prefill, decode) in loads.items():
-            blocks.add_metric((worker.name, "prefill", source), prefill)
-            blocks.add_metric((worker.name, "decode", source), decode)
+            blocks.add_metric((*one, "prefill", source), prefill)
+            blocks.add_metric((*one, "decode", source), decode)
     return blocks, requests, age
 
 
 def _caches(workers: Sequence[Worker], fleet: Fleet) -> Iterable[Metric]:
     """What the workers have cached, and how it came to be known."""
-    cached = GaugeMetricFamily(
-        "pipeline_worker_cached_blocks", "KV blocks in the cache, by its events", labels=("worker",)
-    )
-    total = GaugeMetricFamily("pipeline_worker_total_blocks", "KV blocks that fit", labels=("worker",))
+    cached = GaugeMetricFamily("pipeline_worker_cached_blocks", "KV blocks in the cache, by its events", labels=_WORKER)
+    total = GaugeMetricFamily("pipeline_worker_total_blocks", "KV blocks that fit", labels=_WORKER)
     lag = GaugeMetricFamily(
-        "pipeline_worker_event_lag_seconds", "Time that the last KV event took to come", labels=("worker",)
+        "pipeline_worker_event_lag_seconds", "Time that the last KV event took to come", labels=_WORKER
     )
-    batches = CounterMetricFamily("pipeline_worker_event_batches", "Batches of KV events that came", labels=("worker",))
+    batches = CounterMetricFamily("pipeline_worker_event_batches", "Batches of KV events that came", labels=_WORKER)
     lost = CounterMetricFamily(
         "pipeline_worker_events_lost",
         "Times that KV events were lost for good and the cache read again",
-        labels=("worker",),
+        labels=_WORKER,
     )
     for worker in workers:
-        one = (worker.name,)
+        one = _labels_of(worker)
         cached.add_metric(one, fleet.index.blocks(worker.instance_id))
         batches.add_metric(one, worker.events)
         lost.add_metric(one, worker.lost)
@@ -192,3 +190,7 @@ def _caches(workers: Sequence[Worker], fleet: Fleet) -> Iterable[Metric]:
         if worker.event_lag is not None:
             lag.add_metric(one, worker.event_lag)
     return cached, total, lag, batches, lost
+
+
+def _labels_of(worker: Worker) -> tuple[str, str]:
+    return worker.name, str(worker.instance_id)

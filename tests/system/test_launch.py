@@ -469,7 +469,7 @@ def test_it_says_what_it_waits_for(tmp_path: Path) -> None:
     launch = Launch(tmp_path, "--engines", "1", "--stage", str(tmp_path / "slow.py"))
     try:
         launch.wait_for("router is ready")
-        waiting = r"^launch: waiting for (.*\b)?slow\b.* … \d+ s$"
+        waiting = r"^launch: waiting for (.*\b)?slow\b.* … \d+ s( \(.*\))?$"
         until(lambda: re.search(waiting, launch.text, re.MULTILINE), "a sign of life")
         go.touch()
         launch.wait_for("slow is ready")

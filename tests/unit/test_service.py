@@ -477,3 +477,31 @@ def test_the_first_of_many_ends_the_others() -> None:
         await first_of(asyncio.Event().wait(), seconds=0.01)
 
     asyncio.run(main())
+
+
+class TestMetrics:
+    def served(self, caplog: pytest.LogCaptureFixture, system: str | None, model: str | None = None) -> FakeEndpoint:
+        async def scenario() -> FakeEndpoint:
+            caplog.set_level(logging.INFO)
+            scene = Scene(echo, 0.0)
+            scene.runtime.system, scene.service.model = system, model
+            async with scene.service:
+                await scene.service.serve()
+                assert scene.runtime.ready
+            return scene.endpoint
+
+        return asyncio.run(scenario())
+
+    def test_they_are_on_the_system_port_and_the_log_says_where(self, caplog: pytest.LogCaptureFixture) -> None:
+        endpoint = self.served(caplog, "http://127.0.0.1:18000")
+        assert "metrics at http://127.0.0.1:18000/metrics" in caplog.text
+        assert "process_cpu_seconds_total" in endpoint.text()
+
+    def test_without_a_system_port_there_is_no_word_of_them(self, caplog: pytest.LogCaptureFixture) -> None:
+        self.served(caplog, None)
+        assert "metrics" not in caplog.text
+
+    def test_endpoints_of_an_engine_are_labelled_with_its_model(self, caplog: pytest.LogCaptureFixture) -> None:
+        """As Dynamo's dashboard wants those of workers."""
+        assert self.served(caplog, None).labels is None
+        assert self.served(caplog, None, model="m").labels == [("model", "m")]

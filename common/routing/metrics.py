@@ -26,7 +26,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 _WORKER = ("worker", labels.WORKER_ID)  # its name, and the instance id: a restarted one meets its own predecessor
-_HIT_RATES = [round(step * 0.05, 2) for step in range(21)]
+_HIT_RATES = [step * 0.05 for step in range(21)]
 
 
 class RouterMetrics:

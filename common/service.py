@@ -278,6 +278,7 @@ class Service:
 
     async def _drain(self) -> None:
         """Take this process out of discovery, then wait for the requests in progress, and cut off what is left."""
+        self._runtime.set_health_status(False)
         for endpoint in self._registered:
             try:
                 await asyncio.wait_for(endpoint.unregister_endpoint_instance(), UNREGISTER_SECONDS)

@@ -35,6 +35,7 @@ class RouterMetrics:
     def __init__(self, registry: CollectorRegistry, fleet: Fleet, router_id: str) -> None:
         """router_id: the instance id of this router."""
         self._own = (NAMESPACE, component_names.ROUTER, router_id)
+        self._of_model: dict[str, tuple[Histogram, Counter, Counter]] = {}
         own = (labels.NAMESPACE, labels.COMPONENT, labels.ROUTER_ID)
 
         def counter(name: str, says: str, *more: str) -> Counter:
@@ -91,16 +92,23 @@ class RouterMetrics:
         """A worker was chosen among `candidates`. began: what `on_asked` said."""
         model = chosen.request.model
         most = max(candidate.overlap_blocks for candidate in candidates)
-        labelled = (*self._own, model.name, PHASE)
+        tokens, of_best, of_chosen = self._of_model.get(model.name) or self._labelled(model.name)
         self._requests.inc()
-        self._tokens.labels(*labelled).observe(chosen.request.tokens)
+        tokens.observe(chosen.request.tokens)
         self._hit_rate.observe(min(chosen.overlap_blocks / max(chosen.prompt.blocks, 1), 1.0))
-        self._best.labels(*labelled).inc(most * model.block_size)
-        self._selected.labels(*labelled).inc(chosen.overlap_blocks * model.block_size)
+        of_best.inc(most * model.block_size)
+        of_chosen.inc(chosen.overlap_blocks * model.block_size)
         if most > chosen.overlap_blocks:
             self._not_best.inc()
             self._lost.observe(most - chosen.overlap_blocks)
         self._overhead.observe((time.perf_counter() - began) * 1000)
+
+    def _labelled(self, model: str) -> tuple[Histogram, Counter, Counter]:
+        """The metrics of a model, kept: to look for them takes half of all the time."""
+        labelled = (*self._own, model, PHASE)
+        made = self._tokens.labels(*labelled), self._best.labels(*labelled), self._selected.labels(*labelled)
+        self._of_model[model] = made
+        return made
 
 
 class _Workers(Collector):

@@ -488,6 +488,7 @@ class TestMetrics:
             async with scene.service:
                 await scene.service.serve()
                 assert scene.runtime.ready
+            assert not scene.runtime.ready
             return scene.endpoint
 
         return asyncio.run(scenario())

@@ -218,7 +218,7 @@ class Processor:
         usage = usage_of(generations, answers)
         chunk = completion.chunk([])
         chunk.usage = usage.encode()
-        if routing := routing_of(generations):
+        if routing := routing_of(generations, self._identity.block_size):
             chunk.routing = routing
         yield chunk
         log_request(

@@ -84,6 +84,7 @@ class Routing(TokenMessage, kw_only=True, omit_defaults=True):
 
     worker_id: str
     overlap_blocks: int
+    overlap_tokens: int | None = None  # what those blocks hold, on the last chunk
     migrations: int = 0  # moves from a worker that failed to this one
     prompt: PromptBlocks | None = None  # on the first chunk, for a frontend that records traffic
 

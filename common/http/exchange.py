@@ -74,6 +74,7 @@ class Exchange:
         metadata = {name: self.headers[name] for name in METADATA if name in self.headers}
         self.context = Context(context_id, {"x-request-id": self.request_id, **metadata})
         self.send = send
+        self.path: str = scope["path"]
         self._what = f"{scope['method']} {scope['raw_path'].decode('latin-1')}"  # encoded, so of one line
         self._observers = observers
         self.began = time.perf_counter()

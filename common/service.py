@@ -25,6 +25,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from typing import Any, NoReturn, cast
 from urllib.parse import urlsplit
@@ -76,6 +77,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return arguments
 
 
+# Names the core that a program has to itself. Its threads take turns at Python's lock: on one core they hand it over at
+# no cost, across cores each hand-over wakes another one, which took three quarters of the CPU time on a machine of 16.
+CORE = "PIPELINE_CORE"
+
+
 def run(main: Callable[[argparse.Namespace], Awaitable[None]], args: argparse.Namespace) -> int:
     """Run a `@dynamo_worker` main to its end, once NATS and etcd can be reached. Returns the exit code."""
     set_up(args.log_level, args.log_format)
@@ -91,8 +97,18 @@ def run(main: Callable[[argparse.Namespace], Awaitable[None]], args: argparse.Na
             await until_reachable("etcd", os.environ.get("ETCD_ENDPOINTS", "http://127.0.0.1:2379"))
         await main(args)
 
+    everywhere = os.sched_getaffinity(0)
+    if core := os.environ.get(CORE):
+        os.sched_setaffinity(0, {int(core)})  # before the runtime starts its threads, which inherit it
+
+    async def on_its_core() -> None:
+        if core:  # what is computed beside the event loop may use the others
+            executor = ThreadPoolExecutor(initializer=os.sched_setaffinity, initargs=(0, everywhere))
+            asyncio.get_running_loop().set_default_executor(executor)
+        await when_ready()
+
     try:
-        uvloop.run(when_ready())
+        uvloop.run(on_its_core())
     except StartupError as error:
         log.error("%s", error)
         return 1

@@ -25,10 +25,11 @@ from typing import Any
 from common.errors import Cancelled, Internal, InvalidRequest, PipelineError, Unavailable
 from common.http.body import JsonRoute
 from common.http.event_stream import EventStream
-from common.http.exchange import Exchange, Exchanges, add_error_handlers
+from common.http.exchange import ANSWER_HEADERS, Exchange, Exchanges, add_error_handlers
 from common.http.forms import ChatForm, Form, TextForm
 from common.http.openapi import PARAMETERS, answer, describe_answers, errors
 from common.http.processors import Processors
+from common.http.runtime_parent import RuntimeParent
 from common.http.server import listening
 from common.messages import (
     FIND_WORKER,
@@ -121,8 +122,8 @@ class Frontend:
         self._strict_fields = strict_fields
         self._noted_fields: set[str] = set()
 
-    def app(self, cors_origins: Sequence[str] = ()) -> ASGIApp:
-        """The HTTP application."""
+    def app(self, cors_origins: Sequence[str] = (), runtime_parent: RuntimeParent | None = None) -> ASGIApp:
+        """The HTTP application. runtime_parent: of the spans that the runtime has of a request."""
         app = FastAPI(title="Inference pipeline", description=__doc__)
         app.router.route_class = JsonRoute
         add_error_handlers(app)
@@ -146,7 +147,7 @@ class Frontend:
         app.add_api_route("/workers", self.get_workers, responses=errors(503))
         app.add_api_route("/health", self.get_health, response_model=Health, responses={503: {"model": Health}})
         app.add_api_route("/live", self.get_live)
-        exchanges = Exchanges(app, self._service.in_progress)
+        exchanges = Exchanges(app, self._service.in_progress, runtime_parent)
         if not cors_origins:
             return exchanges
         return CORSMiddleware(  # around all, for a page is to read errors too
@@ -154,7 +155,7 @@ class Frontend:
             allow_origins=cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-worker-id", "x-kv-overlap-blocks", "x-ignored-fields", "retry-after"],
+            expose_headers=ANSWER_HEADERS,
         )
 
     async def chat_completions(
@@ -336,7 +337,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
         keepalive_seconds=args.keepalive_seconds,
         strict_fields=args.strict_fields,
     )
-    app = frontend.app(args.cors_origin)
+    app = frontend.app(args.cors_origin, RuntimeParent(runtime, service))
     # Around the service: while that waits for the requests in progress, they still have their connections.
     async with listening(app, args.host, args.port, reuse_port=args.reuse_port), service:
         service.add(endpoint, CHAT_COMPLETIONS, frontend.chat_completions)

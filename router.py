@@ -43,7 +43,7 @@ from common.routing.overlap_watch import OverlapWatch
 from common.routing.policy import POLICIES, Candidate, LowestCost, Weights
 from common.routing.prefix_index import sequence_hashes
 from common.routing.worker import Prompt
-from common.service import Service, first_of, parser, run
+from common.service import Service, first_of, names, parser, run
 
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 
@@ -91,7 +91,7 @@ class Router:
         async with self._chooser.lease(candidates) as best:
             self._fleet.remember(request, best.worker.instance_id)
             blocks = f"prompt_blocks={prompt.blocks:.1f} overlap_blocks={best.overlap_blocks}"
-            log.info("request_id=%s worker=%s %s", request.request_id or context.id(), best.worker.name, blocks)
+            log.info("%s worker=%s %s", names(context, request.request_id), best.worker.name, blocks)
             yield decision(best, candidates if request.explain else ())
             await first_of(context.async_killed_or_stopped(), self._stopped())
         watch.on_finished(prompt)

@@ -25,7 +25,7 @@ from common.messages import (
     Usage,
     WorkerInfo,
 )
-from common.service import request_id
+from common.service import names
 
 from dynamo.llm import (
     KvEventPublisher,
@@ -151,8 +151,8 @@ class SglangEngine:
                     first = False
                     if output.finish_reason:
                         tokens = chunk["meta_info"].get("completion_tokens", 0)
-                        message = "request_id=%s finish_reason=%s completion_tokens=%d"
-                        log.info(message, request_id(context), output.finish_reason, tokens)
+                        message = "%s finish_reason=%s completion_tokens=%d"
+                        log.info(message, names(context), output.finish_reason, tokens)
                         yield output
                         return
                     yield output

@@ -12,10 +12,13 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from typing import NamedTuple
 from urllib.parse import quote
 
+from common import tracing
 from common.errors import Cancelled, Internal, InvalidRequest, NotFound, PipelineError, Unavailable
+from common.http.runtime_parent import RuntimeParent
 from common.messages import Usage
 from common.openai_api import ChatCompletionChunk, Routing
 from common.openai_request import explain
+from common.service import names
 
 from dynamo.runtime import Context
 from fastapi import FastAPI, Request, Response
@@ -28,6 +31,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger(__name__)
 
 MAX_NAMES, MAX_NAME = 20, 40  # ignored fields that a header names, and characters of each
+ANSWER_HEADERS = [
+    *("x-request-id", "x-trace-id", "x-worker-id", "x-kv-overlap-blocks", "x-ignored-fields", "retry-after"),
+]
 METADATA = ("x-session-id", "x-priority")  # headers that go along to every stage
 
 
@@ -59,9 +65,11 @@ class Exchange:
         except InvalidRequest as error:
             self.error = error
         metadata = {name: self.headers[name] for name in METADATA if name in self.headers}
+        if traceparent := tracing.checked_traceparent(self.headers.get("traceparent", "")):
+            metadata["traceparent"] = traceparent
         self.context = Context(context_id, {"x-request-id": self.request_id, **metadata})
         self.send = send
-        self._what = f"{scope['method']} {scope['raw_path'].decode('latin-1')}"  # encoded, so of one line
+        self.what = f"{scope['method']} {scope['raw_path'].decode('latin-1')}"  # encoded, so of one line
         self._began = time.perf_counter()
         self._first: float | None = None  # when the first chunk came
         self._routing: Routing | None = None
@@ -82,6 +90,14 @@ class Exchange:
         """The one that a request belongs to."""
         exchange: Exchange = request.scope["exchange"]
         return exchange
+
+    @property
+    def names(self) -> list[tuple[bytes, bytes]]:
+        """The response headers that say which request and which trace this is."""
+        names = [(b"x-request-id", self.request_id.encode("ascii"))]
+        if trace := tracing.trace_id(self.context):
+            names.append((b"x-trace-id", trace.encode("ascii")))
+        return names
 
     @property
     def answer_headers(self) -> dict[str, str]:
@@ -137,7 +153,10 @@ class Exchange:
         """Log it as key=value pairs. What is answered without a chunk, like a list of models, is not worth a line."""
         if self.error is None and self._first is None:
             return
-        fields: dict[str, object] = {"request_id": self.request_id, "status": self._status}
+        fields: dict[str, object] = {"request_id": self.request_id}
+        if trace := tracing.trace_id(self.context):
+            fields["trace_id"] = trace
+        fields["status"] = self.status
         if self._routing:
             fields |= {"worker": self._routing.worker_id, "overlap_blocks": self._routing.overlap_blocks}
         if self.usage:
@@ -150,12 +169,13 @@ class Exchange:
         if self._first is not None:
             fields["ttft_ms"] = round((self._first - self._began) * 1000, 1)
         fields["duration_ms"] = round((time.perf_counter() - self._began) * 1000, 1)
-        if self.error and self._status != Cancelled.http_status:
+        if self.error and self.status != Cancelled.http_status:
             fields["error"] = json.dumps(str(self.error))
-        log.info("%s %s", self._what, " ".join(f"{name}={value}" for name, value in fields.items()))
+        log.info("%s %s", self.what, " ".join(f"{name}={value}" for name, value in fields.items()))
 
     @property
-    def _status(self) -> int:
+    def status(self) -> int:
+        """The HTTP status that says how it ended."""
         if isinstance(self.error, asyncio.CancelledError):
             return Cancelled.http_status
         if isinstance(self.error, HTTPException):
@@ -170,23 +190,33 @@ class Exchanges:
     out through `Exchange.send`.
     """
 
-    def __init__(self, app: FastAPI, in_progress: InProgress) -> None:
+    def __init__(self, app: FastAPI, in_progress: InProgress, runtime_parent: RuntimeParent | None = None) -> None:
         self._app = app
         self._in_progress = in_progress
+        self._runtime_parent = runtime_parent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         exchange = scope["exchange"] = Exchange(scope, send)
+        # What only looks, and may do so every second, is not worth a trace.
+        with tracing.span(exchange.what, exchange.context, kind="server", root=scope["method"] == "POST") as stage:
+            if self._runtime_parent:
+                exchange.context = await self._runtime_parent.given(exchange.context, stage)
+            await self._answer(exchange, scope, receive, send)
+            attributes = {"http.request.method": scope["method"], "http.response.status_code": exchange.status}
+            stage.note(request_id=exchange.request_id, **attributes)
+            stage.fail(exchange.error)
 
+    async def _answer(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", exchange.request_id.encode("ascii"))]
+                message["headers"] = [*message["headers"], *exchange.names]
             await send(message)
 
         app: ASGIApp = error_response(exchange.error) if isinstance(exchange.error, PipelineError) else self._app
@@ -198,7 +228,7 @@ class Exchanges:
                 await app(scope, receive, send_with_id)
             except Exception as error:
                 exchange.error = error
-                log.exception("request_id=%s failed", exchange.request_id)
+                log.exception("%s failed", names(exchange.context, exchange.request_id))
             except asyncio.CancelledError as error:  # the server closes, and this is not done
                 exchange.error = error
                 if not started:

@@ -9,6 +9,6 @@ import os
 from common import tracing
 
 if tracing.wanted():
-    tracing.prepare_runtime()
+    tracing.import_runtime()
 else:
     os.environ.setdefault("DYNAMO_SKIP_PYTHON_LOG_INIT", "1")

@@ -97,9 +97,8 @@ def run(main: Callable[[argparse.Namespace], Awaitable[None]], args: argparse.Na
 
 def _log_to_stderr(level: str) -> None:
     """Our own loggers get a handler of their own: SGLang resets the root's."""
-    program = os.path.basename(sys.argv[0]).removesuffix(".py")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {program}: %(message)s"))
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {tracing.program()}: %(message)s"))
     for name in ("__main__", "common", "uvicorn.error", "asyncio"):
         logger = logging.getLogger(name)
         logger.setLevel(level if name in ("__main__", "common") else "WARNING")

@@ -40,7 +40,7 @@ _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-((?!0{32})[0-9a-f]{32})-((?!0{16})
 # else: it would begin a trace for each question that stages ask each other.
 _RUNTIME_VARIABLES = {
     "OTEL_EXPORT_ENABLED": "1",
-    "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",  # as ours; its own default is another
     "OTEL_TRACES_SAMPLE_RATIO": "0",
 }
 # Its log has the same filter as its spans. A field in braces is one that a log line must have and a span need not; of
@@ -59,29 +59,47 @@ def wanted() -> bool:
     return bool(environment.get("OTEL_EXPORTER_OTLP_ENDPOINT") or environment.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
 
 
-def prepare_runtime() -> None:
-    """Have the runtime export its spans, but keep its log quiet. To be called before anything of Dynamo is imported."""
-    os.environ.pop("DYNAMO_SKIP_PYTHON_LOG_INIT", None)  # which a program of ours that started this one may have set
-    program = os.path.basename(sys.argv[0]).removesuffix(".py")
-    for name, value in {**_RUNTIME_VARIABLES, "OTEL_SERVICE_NAME": program}.items():
+def import_runtime() -> None:
+    """Import the runtime so that it exports its spans, but keeps its log quiet, unless DYN_LOG says what to log.
+
+    What it reads then is not left in the environment: programs that this one starts would find it there.
+    """
+    variables = {**_RUNTIME_VARIABLES, "OTEL_SERVICE_NAME": program(), "DYN_LOG": _SPANS_ONLY}
+    before = {name: os.environ.get(name) for name in (*variables, "DYNAMO_SKIP_PYTHON_LOG_INIT")}
+    os.environ.pop("DYNAMO_SKIP_PYTHON_LOG_INIT", None)
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
-    if os.environ.setdefault("DYN_LOG", _SPANS_ONLY) == _SPANS_ONLY:
-        _import_runtime_silently()
+    try:
+        with _silence() if before["DYN_LOG"] is None else nullcontext():
+            import dynamo._core  # noqa: F401
+    finally:
+        for name, was in before.items():
+            os.environ.pop(name, None)
+            if was is not None:
+                os.environ[name] = was
 
 
-def _import_runtime_silently() -> None:
-    """A filter with fields makes the runtime warn, four times over nine lines, that log lines for each token would now
-    be slow. There are none."""
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing is written to stderr: a filter with fields makes the runtime warn, four times over nine lines, that log
+    lines for each token would now be slow. There are none."""
     sys.stderr.flush()
-    stderr = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        import dynamo._core  # noqa: F401
+        yield
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(nowhere)
+
+
+def program() -> str:
+    """What this program is called, in the log and in traces."""
+    name = os.path.basename(sys.argv[0])
+    if name == "-m":  # as long as the module is looked for
+        name = sys.orig_argv[sys.orig_argv.index("-m") + 1].rpartition(".")[2]
+    return name.removesuffix(".py")
 
 
 def checked_traceparent(header: str) -> str | None:
@@ -268,7 +286,8 @@ def recording(processor: "SpanProcessor") -> Iterator[None]:
     from opentelemetry.sdk.trace import TracerProvider
 
     global _tracer
-    provider = TracerProvider(resource=Resource.create(), shutdown_on_exit=False)
+    name = os.environ.get("OTEL_SERVICE_NAME") or program()
+    provider = TracerProvider(resource=Resource.create({"service.name": name}), shutdown_on_exit=False)
     provider.add_span_processor(processor)
     _tracer = provider.get_tracer("inference-pipeline")
     try:

@@ -1,7 +1,12 @@
-"""An OpenTelemetry collector in this process: it keeps the spans that it is sent."""
+"""An OpenTelemetry collector: it keeps the spans that it is sent.
+
+.venv/bin/python -m tests.otlp [PORT]    listens on port 4318, and prints each trace as a tree
+"""
 
 import gzip
+import sys
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +19,7 @@ from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as WireSpan
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
+SETTLED_SECONDS = 6.0  # exporters send every five
 RUNTIME = ("client_request", "router.route_request", "handle_payload")  # what Dynamo's runtime calls its spans
 
 
@@ -106,8 +112,8 @@ class Collector:
 
 
 @contextmanager
-def collecting() -> Iterator[Collector]:
-    """A collector that listens on a free port while the block runs."""
+def collecting(port: int = 0) -> Iterator[Collector]:
+    """A collector that listens while the block runs; 0: on a free port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -123,7 +129,7 @@ def collecting() -> Iterator[Collector]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     collector = Collector(server.server_port)
     thread = threading.Thread(target=server.serve_forever)
@@ -134,3 +140,23 @@ def collecting() -> Iterator[Collector]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def main(port: int = 4318) -> None:
+    """Print every trace, once no more spans of it come."""
+    counts: dict[str, int] = {}
+    printed: set[str] = set()
+    with collecting(port) as collector:
+        while True:
+            time.sleep(SETTLED_SECONDS)
+            for trace_id in collector.traces() - printed:
+                before, counts[trace_id] = counts.get(trace_id), len(collector.spans(trace_id))
+                if counts[trace_id] == before:
+                    printed.add(trace_id)
+                    print(f"trace {trace_id}")
+                    for root in collector.roots(trace_id):
+                        print(*root.lines(1), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -70,20 +70,23 @@ class Generation:
 
     async def _traced(self, outputs: AsyncGenerator[EngineOutput], context: Context) -> AsyncGenerator[EngineOutput]:
         assert self.decision
-        name = "migration" if self.failed else "generate"
+        name, before = "migration" if self.failed else "generate", self.generated
         worker, overlap = self.decision.worker_id, self.decision.overlap_blocks
         with tracing.span(name, context, kind="client", worker=worker, overlap_blocks=overlap) as attempt:
-            attempt.note(prompt_tokens=self.prompt_tokens, tokens_before=self.generated)
+            attempt.note(prompt_tokens=self.prompt_tokens, tokens_before=before)
             async with aclosing(outputs):
+                # The request goes out with the first question, and is to hang below the attempt.
                 with tracing.span("queue and prefill", context, leaf=True):
                     first = await anext(outputs, None)
                 if first is None:
                     return
-                with tracing.span("decode", context, leaf=True):
-                    yield first
-                    async for output in outputs:
-                        yield output
-                    attempt.note(tokens=self.generated)
+                with tracing.span("decode", context, leaf=True) as decode:
+                    try:
+                        yield first
+                        async for output in outputs:
+                            yield output
+                    finally:
+                        decode.note(tokens=self.generated - before)
 
     def limit(self, context_length: int) -> int:
         """How many tokens the answer may have. Raises InvalidRequest if the context does not hold them."""

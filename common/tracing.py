@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal, TypeVar, cast
@@ -42,6 +43,7 @@ _RUNTIME_VARIABLES = {
     "OTEL_EXPORT_ENABLED": "1",
     "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",  # as ours; its own default is another
     "OTEL_TRACES_SAMPLE_RATIO": "0",
+    "OTEL_BSP_SCHEDULE_DELAY": "1000",  # milliseconds between its exports
 }
 # Its log has the same filter as its spans. A field in braces is one that a log line must have and a span need not; of
 # two such rules that fit, the later in the alphabet counts. So these let the spans of each hop pass and no log line.
@@ -253,8 +255,12 @@ def exporting() -> Iterator[None]:
     logger = logging.getLogger("opentelemetry")
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
-    with recording(BatchSpanProcessor(cast("SpanExporter", Plainly(OTLPSpanExporter())))):
-        yield
+    try:
+        with recording(BatchSpanProcessor(cast("SpanExporter", Plainly(OTLPSpanExporter())))):
+            yield
+    finally:  # the runtime cannot be told to send its last ones, only be given the time
+        delay = os.environ.get("OTEL_BSP_SCHEDULE_DELAY") or _RUNTIME_VARIABLES["OTEL_BSP_SCHEDULE_DELAY"]
+        time.sleep(min(FLUSH_SECONDS, float(delay) / 1000 + 0.1))
 
 
 class Plainly:

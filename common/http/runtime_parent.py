@@ -26,6 +26,7 @@ from dynamo.runtime import Context, DistributedRuntime, Endpoint
 log = logging.getLogger(__name__)
 
 SECONDS = 0.5  # that a request may wait for its parent
+PAUSE_SECONDS = 30.0  # before the next one waits, once that was in vain
 
 
 class Nothing(Message):
@@ -45,15 +46,17 @@ class RuntimeParent:
         self._pings: asyncio.Task[None] | None = None
         self._sink: asyncio.Server | None = None
         self._connecting = asyncio.Lock()
-        self._failed = False
+        self._not_before = 0.0
         self._endpoint: Endpoint | None = None
         if tracing.on():
             endpoint = self._endpoint = runtime.endpoint(TRACE.path)
             service.add_served(endpoint, TRACE, lambda: endpoint.serve_endpoint(self._arrived))
+            service.background(self._closed_at_the_end())
 
     async def given(self, context: Context, stage: tracing.Stage) -> Context:
         """The same request as a Context whose parent is `stage`, as far as that can be had."""
-        if self._endpoint is None or not stage.sampled:
+        now = asyncio.get_running_loop().time
+        if self._endpoint is None or not stage.sampled or now() < self._not_before:
             return context
         name = uuid.uuid4().hex
         arrival = self._expected[name] = asyncio.get_running_loop().create_future()
@@ -62,15 +65,25 @@ class RuntimeParent:
                 await self._send(name, self._endpoint, stage.traceparent)
                 child: Context = (await arrival).detached(context.id())
         except (OSError, TimeoutError) as error:
-            if not self._failed:
-                log.warning("traces are without the runtime's own spans: NATS does not hand on their parent: %r", error)
-            self._failed = True
+            log.warning("traces are without the runtime's spans for now: NATS does not hand on their parent: %r", error)
+            self._not_before = now() + PAUSE_SECONDS
             return context
         finally:
             del self._expected[name]
         for key, value in context.metadata.items():
             child.metadata[key] = value
         return child
+
+    async def _closed_at_the_end(self) -> None:
+        """Runs until cancelled, then closes the connections."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            if self._sink:
+                self._sink.close()
+            if self._nats and self._pings:
+                self._pings.cancel()
+                self._nats.close()
 
     async def _arrived(self, request: object, context: Context) -> AsyncIterator[object]:
         if (arrival := self._expected.get(context.id())) and not arrival.done():

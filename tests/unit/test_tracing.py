@@ -64,7 +64,7 @@ def recorded() -> Iterator[Recorded]:
 
 
 class TestOff:
-    @pytest.mark.parametrize("program", ["frontend", "router", "engine"])
+    @pytest.mark.parametrize("program", ["frontend", "processor", "router", "engine"])
     def test_nothing_of_opentelemetrys_sdk_is_imported(self, program: str) -> None:
         code = f"import sys, {program}; print([name for name in sys.modules if name.startswith('opentelemetry.')])"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -115,6 +115,20 @@ def test_the_environment_asks_for_traces(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert tracing.wanted() is wanted
+
+
+def test_the_runtime_is_imported_quietly_and_leaves_the_environment_as_it_was() -> None:
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "DYN"))},
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_ports(1)[0]}",
+        "DYNAMO_SKIP_PYTHON_LOG_INIT": "1",
+    }
+    code = "import os, sys; before = dict(os.environ); import common; print(os.environ == before, *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    same, *modules = done.stdout.split()
+    assert same == "True"
+    assert "dynamo._core" in modules
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,9 @@ from contextlib import aclosing, contextmanager
 from typing import Any, NoReturn, cast
 from urllib.parse import urlsplit
 
-from common import metrics
+from common import metrics, tracing
 from common.errors import Cancelled, Internal, PipelineError, StartupError
-from common.log import add_options, log_request, set_up
+from common.log import add_options, log_request, names, set_up
 from common.messages import Answer, EndpointSpec, Failure, Request, TokenMessage
 from common.remote import Remote
 
@@ -108,7 +108,8 @@ def run(main: Callable[[argparse.Namespace], Awaitable[None]], args: argparse.Na
         await when_ready()
 
     try:
-        uvloop.run(on_its_core())
+        with tracing.exporting():
+            uvloop.run(on_its_core())
     except StartupError as error:
         log.error("%s", error)
         return 1
@@ -165,22 +166,25 @@ class Service:
         """Serve `endpoint` with `handler`, an asynchronous generator that gets a request and yields messages, both of
         the types that `spec` names. It begins with `serve`."""
 
+        many = issubclass(spec.answer, TokenMessage)
+
         # The runtime looks for parameters of these very names.
         async def answer(body: object, context: Context) -> AsyncGenerator[object]:
             with self.in_progress(context):
                 try:
-                    generator = cast(AsyncGenerator[Answer], handler(spec.request.decode(body), context))
-                    async with aclosing(generator) as messages:
-                        async for message in messages:
-                            yield message.encode()
+                    with tracing.span(spec.path, context, kind="server") as span:
+                        generator = cast(AsyncGenerator[Answer], handler(spec.request.decode(body), context))
+                        async with aclosing(generator if many else span.until_first(generator)) as messages:
+                            async for message in messages:
+                                yield message.encode()
                 except PipelineError as error:
                     level = logging.ERROR if isinstance(error, Internal) else logging.INFO
-                    log_request(log, request_id(context), level=level, kind=error.kind, error=error.message)
+                    log_request(log, context, level=level, kind=error.kind, error=error.message)
                     # One that was cancelled by us must not look like the end of the answer.
                     if self.stopping or not isinstance(error, Cancelled):
                         yield Failure.of(error).encode()
                 except Exception as error:
-                    log.exception("request_id=%s failed", request_id(context))
+                    log.exception("%s failed", names(context))
                     yield Failure.of(Internal(f"{spec.path} failed: {type(error).__name__}: {error}")).encode()
 
         async def push(body: object, context: Context, response_sender: Any) -> AsyncIterator[object]:
@@ -195,7 +199,7 @@ class Service:
 
         # To be asked for each message costs twice as much as to send it. But `send` waits, and with it this whole
         # program, once a caller is some megabytes behind, so it is for what comes slowly and in small messages.
-        handle = push if issubclass(spec.answer, TokenMessage) else answer
+        handle = push if many else answer
         self._added.append((spec.path, endpoint, lambda: self._register(endpoint, handle)))
 
     def _register(self, endpoint: Endpoint, answer: Any) -> Awaitable[Any]:
@@ -326,11 +330,6 @@ async def first_of(*events: Awaitable[object], seconds: float | None = None) -> 
     finally:
         for task in tasks:
             task.cancel()
-
-
-def request_id(context: Context) -> str:
-    """The id that the caller knows the request by."""
-    return context.metadata.get("x-request-id") or context.id()
 
 
 def _too_late(*_: object, **__: object) -> NoReturn:

@@ -26,7 +26,6 @@ from common.messages import (
     Usage,
     WorkerInfo,
 )
-from common.service import request_id
 
 from dynamo.llm import (
     KvEventPublisher,
@@ -161,7 +160,7 @@ class SglangEngine:
                     if output.finish_reason:
                         tokens = chunk["meta_info"].get("completion_tokens", 0)
                         reason = output.finish_reason
-                        log_request(log, request_id(context), finish_reason=reason, completion_tokens=tokens)
+                        log_request(log, context, finish_reason=reason, completion_tokens=tokens)
                         yield output
                         return
                     yield output

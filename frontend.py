@@ -2,7 +2,7 @@
 
     POST /v1/chat/completions  /v1/completions      streamed or not
     POST /tokenize  /detokenize
-    GET  /v1/models  /v1/models/{id}  /workers  /health  /live  /docs
+    GET  /v1/models  /v1/models/{id}  /workers  /health  /live  /metrics  /docs
     inference.frontend.chat_completions             the first for other Dynamo components, always streamed
 
 It checks each request, gives it its id, passes it to a processor of the model that it names, and writes what comes back
@@ -30,11 +30,13 @@ from common.http.body import JsonRoute
 from common.http.demo import Demo
 from common.http.event_stream import EventStream
 from common.http.events import RequestEvents
-from common.http.exchange import Exchange, Exchanges, Observer, add_error_handlers
+from common.http.exchange import ANSWER_HEADERS, Exchange, Exchanges, Observer, add_error_handlers
 from common.http.forms import ChatForm, Form, TextForm
+from common.http.metrics import FrontendMetrics
 from common.http.openapi import PARAMETERS, answer, describe_answers, errors
 from common.http.processors import Processors
 from common.http.recorder import Recorder
+from common.http.runtime_parent import RuntimeParent
 from common.http.server import listening
 from common.http.status import Status
 from common.http.watch import Watch
@@ -103,9 +105,14 @@ class Frontend:
         self._noted_fields: set[str] = set()
 
     def app(
-        self, cors_origins: Sequence[str] = (), routes: Sequence[APIRouter] = (), observers: Sequence[Observer] = ()
+        self,
+        cors_origins: Sequence[str] = (),
+        routes: Sequence[APIRouter] = (),
+        observers: Sequence[Observer] = (),
+        runtime_parent: RuntimeParent | None = None,
     ) -> ASGIApp:
-        """The HTTP application, with more paths than its own, and with those who watch its requests."""
+        """The HTTP application, with more paths than its own, and with those who watch its requests. runtime_parent: of
+        the spans that the runtime has of a request."""
         app = FastAPI(title="Inference pipeline", description=__doc__)
         app.router.route_class = JsonRoute
         add_error_handlers(app)
@@ -128,7 +135,7 @@ class Frontend:
         app.add_api_route("/v1/models/{model:path}", self.get_model, responses=errors(404, 503))
         for more in routes:
             app.include_router(more)
-        exchanges = Exchanges(app, self._service.in_progress, observers)
+        exchanges = Exchanges(app, self._service.in_progress, observers, runtime_parent)
         if not cors_origins:
             return exchanges
         return CORSMiddleware(  # around all, for a page is to read errors too
@@ -136,7 +143,7 @@ class Frontend:
             allow_origins=cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-worker-id", "x-kv-overlap-blocks", "x-ignored-fields", "retry-after"],
+            expose_headers=ANSWER_HEADERS,
         )
 
     async def chat_completions(
@@ -280,9 +287,10 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
         client = await runtime.endpoint(args.processor).client()
         stage = stages[args.processor] = Remote(PROCESS.at(args.processor), client)
     service = Service(runtime, drain_seconds=args.drain_seconds)
+    processors = Processors(process, describe, moves=args.migration_limit, seconds=args.processor_seconds)
     frontend = Frontend(
         service,
-        processors=Processors(process, describe, moves=args.migration_limit, seconds=args.processor_seconds),
+        processors=processors,
         complete=complete,
         tokenize=tokenize,
         detokenize=detokenize,
@@ -294,13 +302,14 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     # What is seen of the pipeline from outside, beside the path of requests.
     feed = Feed(endpoint.connection_id(), service.stopped)
     hello = {"frontend": feed.instance_id, "prompts": args.show_prompts, "demo": args.demo}
-    routes = [status.routes(), Watch(feeds, status, service.stopped, hello).routes(), page.routes()]
+    metrics = FrontendMetrics(service.registry, processors.serves)
+    routes = [status.routes(), Watch(feeds, status, service.stopped, hello).routes(), page.routes(), metrics.routes()]
     if args.demo:
         routes.append(Demo(mortals).routes())
-    observers: list[Observer] = [RequestEvents(feed, show_prompts=args.show_prompts)]
+    observers: list[Observer] = [RequestEvents(feed, show_prompts=args.show_prompts), metrics]
     if args.record:
         observers.append(Recorder(args.record))
-    app = frontend.app(args.cors_origin, routes, observers)
+    app = frontend.app(args.cors_origin, routes, observers, RuntimeParent(runtime, service))
     # Around the service: while that waits for the requests in progress, they still have their connections.
     async with listening(app, args.host, args.port, reuse_port=args.reuse_port), service:
         service.add(events, WATCH_FRONTEND, feed.watch)

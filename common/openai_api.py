@@ -85,6 +85,7 @@ class Routing(TokenMessage, kw_only=True, omit_defaults=True):
 
     worker_id: str
     overlap_blocks: int
+    overlap_tokens: int | None = None  # what those blocks hold, on the last chunk
     migrations: int = 0  # moves from a worker that failed to this one
     cached_tokens: int | None = None  # of the prompt, by the worker's own account, if that came with the first chunk
     by_load: bool = False  # whether no router chose it, because none answered

@@ -25,12 +25,14 @@ import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, nullcontext, suppress
 from typing import Any, NoReturn, cast
 from urllib.parse import urlsplit
 
+from common import metrics, tracing
 from common.errors import Cancelled, Internal, PipelineError, StartupError
-from common.log import add_options, log_request, set_up
+from common.log import add_options, log_request, names, set_up
 from common.messages import ALIVE, Answer, EndpointSpec, Failure, Request, TokenMessage
 from common.remote import Remote
 
@@ -48,7 +50,12 @@ LEAVE_SECONDS = 5.0  # for the runtime to shut down its endpoints
 UNREGISTER_SECONDS = 2.0  # for etcd to take an endpoint out of discovery
 
 # What Dynamo reads when its runtime is made.
-_RUNTIME_DEFAULTS = {"DYN_REQUEST_PLANE": "nats", "DYN_DISCOVERY_BACKEND": "etcd", "DYN_EVENT_PLANE": "nats"}
+_RUNTIME_DEFAULTS = {
+    "DYN_REQUEST_PLANE": "nats",
+    "DYN_DISCOVERY_BACKEND": "etcd",
+    "DYN_EVENT_PLANE": "nats",
+    "DYN_SYSTEM_HOST": "127.0.0.1",  # of the port for metrics: the runtime's own default is all addresses
+}
 
 Handler = Callable[[Request, Context], AsyncIterator[Answer]]
 
@@ -71,6 +78,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return arguments
 
 
+# Names the core that a program has to itself. Its threads take turns at Python's lock: on one core they hand it over at
+# no cost, across cores each hand-over wakes another one, which took three quarters of the CPU time on a machine of 16.
+CORE = "PIPELINE_CORE"
+
+
 def run(main: Callable[[argparse.Namespace], Awaitable[None]], args: argparse.Namespace) -> int:
     """Run a `@dynamo_worker` main to its end, once NATS and etcd can be reached. Returns the exit code."""
     set_up(args.log_level, args.log_format)
@@ -86,8 +98,19 @@ def run(main: Callable[[argparse.Namespace], Awaitable[None]], args: argparse.Na
             await until_reachable("etcd", os.environ.get("ETCD_ENDPOINTS", "http://127.0.0.1:2379"))
         await main(args)
 
+    everywhere = os.sched_getaffinity(0)
+    if core := os.environ.get(CORE):
+        os.sched_setaffinity(0, {int(core)})  # before the runtime starts its threads, which inherit it
+
+    async def on_its_core() -> None:
+        if core:  # what is computed beside the event loop may use the others
+            executor = ThreadPoolExecutor(initializer=os.sched_setaffinity, initargs=(0, everywhere))
+            asyncio.get_running_loop().set_default_executor(executor)
+        await when_ready()
+
     try:
-        uvloop.run(when_ready())
+        with tracing.exporting():
+            uvloop.run(on_its_core())
     except StartupError as error:
         log.error("%s", error)
         return 1
@@ -127,6 +150,8 @@ class Service:
         self._registered: list[Endpoint] = []
         self._served: list[asyncio.Future[Any]] = []
         self._background: list[asyncio.Task[None]] = []
+        self.registry = metrics.registry()  # what this program tells Prometheus, besides what the runtime does
+        self.model: str | None = None  # a label of what the runtime tells of its endpoints, as Dynamo's workers have it
 
     async def __aenter__(self) -> "Service":
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -142,22 +167,25 @@ class Service:
         """Serve `endpoint` with `handler`, an asynchronous generator that gets a request and yields messages, both of
         the types that `spec` names. It begins with `serve`."""
 
+        many = issubclass(spec.answer, TokenMessage)
+
         # The runtime looks for parameters of these very names.
         async def answer(body: object, context: Context) -> AsyncGenerator[object]:
             with self.in_progress(context):
                 try:
-                    generator = cast(AsyncGenerator[Answer], handler(spec.request.decode(body), context))
-                    async with aclosing(generator) as messages:
-                        async for message in messages:
-                            yield message.encode()
+                    with tracing.span(spec.path, context, kind="server") as span:
+                        generator = cast(AsyncGenerator[Answer], handler(spec.request.decode(body), context))
+                        async with aclosing(generator if many else span.until_first(generator)) as messages:
+                            async for message in messages:
+                                yield message.encode()
                 except PipelineError as error:
                     level = logging.ERROR if isinstance(error, Internal) else logging.INFO
-                    log_request(log, request_id(context), level=level, kind=error.kind, error=error.message)
+                    log_request(log, context, level=level, kind=error.kind, error=error.message)
                     # One that was cancelled by us must not look like the end of the answer.
                     if self.stopping or not isinstance(error, Cancelled):
                         yield Failure.of(error).encode()
                 except Exception as error:
-                    log.exception("request_id=%s failed", request_id(context))
+                    log.exception("%s failed", names(context))
                     yield Failure.of(Internal(f"{spec.path} failed: {type(error).__name__}: {error}")).encode()
 
         async def push(body: object, context: Context, response_sender: Any) -> AsyncIterator[object]:
@@ -174,12 +202,12 @@ class Service:
 
         # To be asked for each message costs twice as much as to send it. But `send` waits, and with it this whole
         # program, once a caller is some megabytes behind, so it is for what comes slowly and in small messages.
-        handle = push if issubclass(spec.answer, TokenMessage) else answer
+        handle = push if many else answer
         self._added.append((spec.path, endpoint, lambda: self._register(endpoint, handle)))
 
     def _register(self, endpoint: Endpoint, answer: Any) -> Awaitable[Any]:
         self._registered.append(endpoint)
-        return endpoint.serve_endpoint(answer)
+        return endpoint.serve_endpoint(answer, metrics_labels=[("model", self.model)] if self.model else None)
 
     def add_served(self, endpoint: Endpoint, spec: EndpointSpec[Any, Any], serve: Callable[[], Awaitable[Any]]) -> None:
         """Have `endpoint` served by `serve`, which registers it and answers its requests in its own way."""
@@ -189,6 +217,7 @@ class Service:
         """Return once everything that was added is registered, in that order. If serving ends before it was asked to,
         this program stops with an error."""
         DistributedRuntime.endpoint = _too_late  # type: ignore[method-assign]
+        self._show_metrics()
         for path, endpoint, serve in self._added:
             if self.stopping:
                 return
@@ -199,6 +228,7 @@ class Service:
             while endpoint.connection_id() not in client.instance_ids() and not self.stopping:
                 await asyncio.sleep(REGISTER_SECONDS)
             log.info("serving %s as instance %d", path, endpoint.connection_id())
+        self._runtime.set_health_status(True)  # which the system port says
         # What is there now stays. To look through it for garbage takes 0.2 s on a free core, and seconds on a busy one,
         # in which Python's lock is held, so that no thread of the runtime can hand over a message.
         gc.collect()
@@ -206,6 +236,13 @@ class Service:
         # Requests in progress are thousands of objects, and few of them are in cycles: by default, looking through them
         # takes a tenth of the time.
         gc.set_threshold(GARBAGE_OBJECTS)
+
+    def _show_metrics(self) -> None:
+        """Show them on the system port, if there is one (DYN_SYSTEM_PORT)."""
+        if self._added and (address := self._runtime.system_status_server_url()):  # type: ignore[attr-defined]
+            _, endpoint, _ = self._added[0]  # whose name is not on them
+            endpoint.metrics.register_prometheus_expfmt_callback(lambda: metrics.text(self.registry))
+            log.info("metrics at %s/metrics", address)
 
     def background(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` beside the endpoints until this program leaves. It must not end before."""
@@ -264,6 +301,7 @@ class Service:
 
     async def _drain(self) -> None:
         """Take this process out of discovery, then wait for the requests in progress, and cut off what is left."""
+        self._runtime.set_health_status(False)
         for endpoint in self._registered:
             try:
                 await asyncio.wait_for(endpoint.unregister_endpoint_instance(), UNREGISTER_SECONDS)
@@ -322,11 +360,6 @@ def _alive(send: Callable[[object], None]) -> Iterator[Callable[[object], None]]
     finally:
         if timer:
             timer.cancel()
-
-
-def request_id(context: Context) -> str:
-    """The id that the caller knows the request by."""
-    return context.metadata.get("x-request-id") or context.id()
 
 
 def _too_late(*_: object, **__: object) -> NoReturn:

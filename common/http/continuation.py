@@ -7,10 +7,10 @@ from contextlib import aclosing
 from typing import Generic, TypeVar
 
 from common.errors import Lost, Unavailable
+from common.log import request_id
 from common.openai_api import ChatCompletionChunk
 from common.openai_request import AnswerSoFar, GenerationRequest, Resume
 from common.remote import linked
-from common.service import request_id
 
 from dynamo.runtime import Context
 from msgspec import UNSET

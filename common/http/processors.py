@@ -74,6 +74,10 @@ class Processors:
             param="model",
         )
 
+    def serves(self, model: str) -> bool:
+        """Whether one has said that it serves a model of this name."""
+        return bool(self._serving(model))
+
     def stream(
         self,
         request: Asked,

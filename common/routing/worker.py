@@ -57,6 +57,8 @@ class Worker:
         self._unfinished = 0.0  # blocks of the whole prompts of those
         self._other_prefill = 0.0
         self._other_decode = 0.0
+        self.report: LoadStat | None = None  # its last own account
+        self.reported_at = 0.0  # when that came, on the monotonic clock; 0 if none has
         self.reason: str | None = None  # why it does not fit requests for its own model
         self.chosen_at = 0.0  # when it got its last request, on the monotonic clock
         self.requests = 0  # in progress, of those that this router sent here
@@ -68,7 +70,6 @@ class Worker:
         self.event_at: float | None = None  # when the last event came, on the monotonic clock
         self.event_lag: float | None = None  # seconds
         self.silent_since: float | None = None  # seconds since the epoch
-        self._heard_at = 0.0  # when it last spoke, on the monotonic clock; 0 if never
         self._longest_gap = 0.0  # seconds between two signs of life, while it was not taken for silent
 
     @property
@@ -80,6 +81,23 @@ class Worker:
     def decode_blocks(self) -> float:
         """Blocks that the requests in progress hold, which each decoding step reads. Shared ones count once."""
         return len(self._held) + self._tails + self._other_decode
+
+    @property
+    def leased(self) -> tuple[float, float]:
+        """Blocks to compute, and held, by our leases alone."""
+        return self._prefill, len(self._held) + self._tails
+
+    @property
+    def reported(self) -> tuple[float, float] | None:
+        """The same by its own last account; None if it gave none."""
+        if not (report := self.report):
+            return None
+        return report.waiting_prefill_tokens / self.block_size, report.used_tokens / self.block_size
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block; 0 if it does not say."""
+        return self.info.model.block_size if self.info else 0
 
     def serves(self, model_name: str) -> bool:
         """Whether it says that it serves a model of this name."""
@@ -177,20 +195,20 @@ class Worker:
         How long that is depends on its own pace: what is slow reports seldom. One that never reported may be of a kind
         that does not.
         """
-        if self._heard_at and self.silent_since is None:
-            silence = time.monotonic() - self._heard_at
+        if self.reported_at and self.silent_since is None:
+            silence = time.monotonic() - self.reported_at
             if silence > max(SILENT_SECONDS, GAPS * self._longest_gap):
                 self.silent_since = time.time() - silence
                 log.warning("worker %s is silent: nothing has come from it for %.1f s", self.name, silence)
 
     def _on_sign_of_life(self) -> None:
         now = time.monotonic()
-        if self._heard_at:
-            self._longest_gap = max(self._longest_gap, now - self._heard_at)
+        if self.reported_at:
+            self._longest_gap = max(self._longest_gap, now - self.reported_at)
         if self.silent_since is not None:
             log.info("worker %s speaks again", self.name)
             self.silent_since = None
-        self._heard_at = now
+        self.reported_at = now
 
     def on_report(self, stat: LoadStat) -> None:
         """Take in the worker's own account. What it has beyond our leases is work that others sent, and the tokens
@@ -202,11 +220,10 @@ class Worker:
         if self.info is None:
             return
         self._on_sign_of_life()
+        self.report = stat
         self._forget_ended()
         explained = self._leased + sum(blocks for _, blocks in self._ended)
-        block_size = self.info.model.block_size
-        waiting = stat.waiting_prefill_tokens / block_size
-        used = stat.used_tokens / block_size
+        waiting, used = self.reported or (0.0, 0.0)
         beyond = max(waiting + used - explained, 0.0)
         self._other_prefill = min(max(waiting - self._unfinished, 0.0), beyond)
         self._other_decode = max(used - explained, 0.0)

@@ -6,8 +6,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from common import tracing
 from common.errors import InvalidRequest, Unavailable
 from common.events import Teller
+from common.log import request_id
 from common.messages import (
     CompletionTokensDetails,
     EngineOutput,
@@ -21,7 +23,6 @@ from common.messages import (
 )
 from common.openai_api import ChatCompletionChunk, PromptBlocks, Routing
 from common.openai_request import AnswerSoFar, GenerationRequest
-from common.service import request_id
 from common.text.answer import Answer
 from common.text.chat_model import ChatModel
 
@@ -89,6 +90,30 @@ class Generation:
         """Take in what a worker says."""
         self.tokens += output.token_ids
         self.finished = output.finish_reason is not None
+
+    def traced(self, outputs: AsyncGenerator[EngineOutput], context: Context) -> AsyncGenerator[EngineOutput]:
+        """The same outputs of a worker, as spans: its attempt, and in that what comes before and after the first."""
+        return self._traced(outputs, context) if tracing.on() else outputs
+
+    async def _traced(self, outputs: AsyncGenerator[EngineOutput], context: Context) -> AsyncGenerator[EngineOutput]:
+        assert self.decision
+        name, before = "migration" if self.failed else "generate", self.generated
+        worker, overlap = self.decision.worker_id, self.decision.overlap_blocks
+        with tracing.span(name, context, kind="client", worker=worker, overlap_blocks=overlap) as attempt:
+            attempt.note(prompt_tokens=self.prompt_tokens, tokens_before=before)
+            async with aclosing(outputs):
+                # The request goes out with the first question, and is to hang below the attempt.
+                with tracing.span("queue and prefill", context, leaf=True):
+                    first = await anext(outputs, None)
+                if first is None:
+                    return
+                with tracing.span("decode", context, leaf=True) as decode:
+                    try:
+                        yield first
+                        async for output in outputs:
+                            yield output
+                    finally:
+                        decode.note(tokens=self.generated - before)
 
     def limit(self, context_length: int) -> int:
         """How many tokens the answer may have. Raises InvalidRequest if the context does not hold them."""
@@ -224,12 +249,17 @@ def usage_of(generations: Sequence[Generation], answers: Sequence[Answer]) -> Us
     return usage
 
 
-def routing_of(generations: Sequence[Generation]) -> Routing | None:
-    """Who has answered in the end; None if nobody had to."""
+def routing_of(generations: Sequence[Generation], block_size: int) -> Routing | None:
+    """Who has answered in the end; None if nobody had to. block_size: tokens in a KV block."""
     if not (decision := generations[0].decision):
         return None
     migrations = sum(len(generation.failed) for generation in generations)
-    return Routing(worker_id=decision.worker_id, overlap_blocks=decision.overlap_blocks, migrations=migrations)
+    return Routing(
+        worker_id=decision.worker_id,
+        overlap_blocks=decision.overlap_blocks,
+        overlap_tokens=decision.overlap_blocks * block_size,
+        migrations=migrations,
+    )
 
 
 async def best(

@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import random
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 
+from common import tracing
 from common.errors import Cancelled, Internal, PipelineError, Unavailable, Unreachable
 from common.messages import FindWorkerRequest, RouterStatus, RoutingDecision, WorkersRequest
 from common.patience import Hopeless
@@ -88,14 +90,15 @@ class Routers:
             quiet = min(silence, loop.time() - self._answered.get(instance_id, 0.0))
             return None if begun or quiet < ANSWER_SECONDS else f"router {instance_id} does not answer"
 
-        context = Context(metadata=dict(parent.metadata))  # of its own: it ends with the lease
+        context = parent.detached(uuid.uuid4().hex)  # of its own: it ends with the lease
         ack = ANSWER_SECONDS if self._known else None
         async with aclosing(
             self._router.stream(wanted, context, [instance_id], hopeless=hopeless, ack_seconds=ack)
         ) as items:
             try:
-                if not (decision := await anext(items, None)):
-                    raise Internal(f"{self._router.spec.path} answered nothing")
+                with tracing.span("find_worker", context, kind="client"):
+                    if not (decision := await anext(items, None)):
+                        raise Internal(f"{self._router.spec.path} answered nothing")
                 self._answered[instance_id] = loop.time()
                 self._known[decision.instance_id] = decision
                 self._say(alone=False)

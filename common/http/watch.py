@@ -4,8 +4,9 @@
     joined   an instance of a stage is there: stage, instance_id
     left     one is there no longer
     fleet    every second: what each router knows of the workers, as GET /workers has it
+    sampled  so busy that only a share of the requests is told of from here on
     started asked decided answering moved ended    a request's life
-    skipped  this reader was too slow for so many events
+    skipped  this reader was too slow for so many parts; then everybody who is there joins anew
 
 Each is one JSON object. Ids of instances are strings, because they have 64 bits.
 """
@@ -38,14 +39,24 @@ class _Viewer:
     """One who reads, and what waits to be read."""
 
     def __init__(self) -> None:
-        self.parts = asyncio.Queue[bytes](ROOM)
-        self.skipped = 0
+        self.waiting = asyncio.Event()  # there is something to read
+        self._parts: list[bytes] = []
+        self._skipped = 0
 
     def put(self, part: bytes) -> None:
-        try:
-            self.parts.put_nowait(part)
-        except asyncio.QueueFull:
-            self.skipped += 1
+        self.waiting.set()
+        if len(self._parts) < ROOM:
+            self._parts.append(part)
+        else:
+            self._skipped += 1
+
+    def take(self) -> tuple[bytes, int]:
+        """All of it, and how many parts did not find room."""
+        taken = b"".join(self._parts), self._skipped
+        self.waiting.clear()
+        self._parts.clear()
+        self._skipped = 0
+        return taken
 
 
 class Watch:
@@ -66,6 +77,7 @@ class Watch:
         self._hello = event("hello", {"version": VERSION, **hello})
         self._viewers: set[_Viewer] = set()
         self._there: set[tuple[str, int]] = set()  # stages and instances that are known to be there
+        self._shares: dict[tuple[str, int], float] = {}  # of the requests that each program tells of
         self._following: asyncio.Task[None] | None = None
 
     def routes(self) -> APIRouter:
@@ -82,30 +94,29 @@ class Watch:
     async def _read(self) -> AsyncIterator[bytes]:
         viewer = _Viewer()
         self._viewers.add(viewer)
-        self._following = self._following or asyncio.create_task(self._follow())
+        if not self._following or self._following.done():
+            self._following = asyncio.create_task(self._follow())
         leaving = asyncio.ensure_future(self._stopped())
         try:
-            yield self._hello + b"".join(_instance("joined", *one) for one in sorted(self._there))
+            yield self._hello + self._state()
             while not leaving.done():
-                getting = asyncio.ensure_future(viewer.parts.get())
-                await first_of(asyncio.shield(getting), asyncio.shield(leaving), seconds=QUIET_SECONDS)
-                if getting.done():
-                    parts = [getting.result()]
-                    while not viewer.parts.empty():
-                        parts.append(viewer.parts.get_nowait())
-                    if viewer.skipped:
-                        parts.append(event("skipped", {"parts": viewer.skipped}))
-                        viewer.skipped = 0
-                    yield b"".join(parts)
-                else:
-                    getting.cancel()
-                    yield b": nothing has happened\n\n"
+                await first_of(viewer.waiting.wait(), asyncio.shield(leaving), seconds=QUIET_SECONDS)
+                parts, skipped = viewer.take()
+                if skipped:
+                    parts += event("skipped", {"parts": skipped}) + self._state()
+                yield parts or b": nothing has happened\n\n"
         finally:
             leaving.cancel()
             self._viewers.discard(viewer)
             if not self._viewers and self._following:
                 self._following.cancel()
                 self._following = None
+                self._there, self._shares = set(), {}
+
+    def _state(self) -> bytes:
+        """What one must know who has heard nothing so far."""
+        joined = b"".join(_instance("joined", *one) for one in sorted(self._there))
+        return joined + event("sampled", {"share": self._share})
 
     def _tell(self, part: bytes) -> None:
         for viewer in self._viewers:
@@ -122,12 +133,12 @@ class Watch:
                     following[key] = asyncio.create_task(self._follow_one(told[key], key[1]))
                 for key in following.keys() - told.keys():
                     following.pop(key).cancel()
+                    self._tell_share(key, 1.0)
                 with suppress(PipelineError):
                     report = await self._status.get_workers()
                     self._tell(b"event: fleet\ndata: %b\n\n" % report.model_dump_json().encode())
                 await asyncio.sleep(LOOK_SECONDS)
         finally:
-            self._there.clear()
             for task in following.values():
                 task.cancel()
 
@@ -140,6 +151,20 @@ class Watch:
         self._there = there
 
     @property
+    def _share(self) -> float:
+        """That of which all programs tell."""
+        return min(self._shares.values(), default=1.0)
+
+    def _tell_share(self, key: tuple[str, int], share: float) -> None:
+        """A program tells of this share."""
+        before = self._share
+        self._shares[key] = share
+        if share == 1.0:
+            del self._shares[key]
+        if self._share != before:
+            self._tell(event("sampled", {"share": self._share}))
+
+    @property
     def _stages(self) -> Mapping[str, Remote[Any, Any]]:
         frontends = {feed.spec.component: feed for feed in self._feeds if feed.spec.component == "frontend"}
         return {**frontends, **self._status.stages}
@@ -150,6 +175,7 @@ class Watch:
             context = Context()
             try:
                 async for message in feed.stream(WatchRequest(), context, [instance_id]):
+                    self._tell_share((feed.spec.component, instance_id), message.share)
                     if message.events:
                         self._tell(b"".join(map(request_event, message.events)))
             except PipelineError as error:

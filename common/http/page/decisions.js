@@ -3,10 +3,13 @@
 
 import { count, duration, el, number, write } from "./dom.js";
 import { life } from "./life.js";
-import { isCost, squares } from "./picture.js";
+import { isCost } from "./picture.js";
+import { strip } from "./strip.js";
 import { why } from "./why.js";
 
 const ROWS = 30;
+const NEW_ROWS = 6; // that come at once
+const CELLS = 12; // squares for the blocks of a prompt
 const WORKERS = 6; // whose costs are drawn: the chosen one's and the cheapest
 
 export class Decisions {
@@ -36,12 +39,13 @@ export class Decisions {
 
   draw() {
     const hold = this.#rows.size > 0 && this.#busy;
+    let room = hold ? 0 : NEW_ROWS;
     for (const [id, request] of this.#waiting) {
-      if (hold && !this.#rows.has(id)) continue;
+      if (!this.#rows.has(id) && room-- <= 0) continue;
       this.#waiting.delete(id);
       this.#row(request).draw(this.selected === request);
     }
-    const news = this.#waiting.size;
+    const news = hold ? this.#waiting.size : 0;
     write(this.#held, news ? `${news === ROWS ? "Many" : news} more while you read; they come when you leave the list.` : "");
     if (this.selected && !this.selected.ended) this.#rows.get(this.selected.id)?.draw(true);
   }
@@ -140,12 +144,11 @@ function bar(decision, cost, won, most) {
   const fill = el("i");
   fill.style.width = isCost(decision) ? `${Math.max(0, (100 * cost.cost) / most)}%` : "0";
   const says = isCost(decision) ? `cost ${number(cost.cost)}` : "";
-  const strip = el("span", { className: "strip", "aria-hidden": "true" }, ...squares(blocks, cost, 16));
   return el(
     "li",
     { className: won ? "won" : "" },
     el("span", { className: "name", textContent: cost.worker_id }),
-    strip,
+    strip(blocks, cost, CELLS),
     el("span", { className: "gauge", "aria-hidden": "true" }, fill),
     el("span", { className: "number", textContent: says }),
     el("span", { className: "hidden", textContent: `, ${cost.overlap_blocks} of ${count(blocks, "block")} cached${won ? ", chosen" : ""}` }),

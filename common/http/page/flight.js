@@ -6,8 +6,8 @@ const LINGER = 20_000; // milliseconds after which a dot that nothing is heard o
 const PULSE = 420; // between parts of an answer that flow back
 
 export class Flight {
-  #canvas = document.querySelector("#picture canvas");
-  #context = this.#canvas.getContext("2d");
+  // Edges and dots are drawn apart: the edges are many, and seldom other ones.
+  #layers = [...document.querySelectorAll("#picture canvas")].map((canvas) => canvas.getContext("2d"));
   #still = matchMedia("(prefers-reduced-motion: reduce)");
   #picture;
   #pipeline;
@@ -15,11 +15,12 @@ export class Flight {
   #places = new Map(); // of cards, by instance id
   #colors = {};
   #stale = true; // the places must be looked up
+  #edges; // which one is drawn as the chosen one
 
   constructor(picture, pipeline) {
     this.#picture = picture;
     this.#pipeline = pipeline;
-    new ResizeObserver(() => this.moved()).observe(this.#canvas);
+    new ResizeObserver(() => this.moved()).observe(this.#layers[0].canvas);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.moved());
   }
 
@@ -40,57 +41,68 @@ export class Flight {
   /** Draws. Returns whether something moves. */
   draw(now, shown) {
     if (this.#stale) this.#look();
-    const { width, height } = this.#canvas;
-    this.#context.clearRect(0, 0, width, height);
-    this.#drawEdges(shown);
+    const [edges, dots] = this.#layers;
+    const chosen = shown?.decision && this.#pipeline.engineOf(shown.decision.worker_id);
+    const key = `${shown?.asked.at(-1)?.processor} ${chosen?.id}`;
+    if (this.#edges !== key) {
+      this.#edges = key;
+      this.#clear(edges);
+      this.#drawEdges(shown, chosen);
+    }
+    this.#clear(dots);
     for (const dot of this.#dots.values()) this.#fly(dot, now);
     return this.#dots.size > 0;
   }
 
-  get busy() {
-    return this.#stale || this.#dots.size > 0;
+  #clear(context) {
+    context.clearRect(0, 0, context.canvas.width, context.canvas.height);
   }
 
   #look() {
     this.#stale = false;
-    const origin = this.#canvas.getBoundingClientRect();
+    this.#edges = null; // to be drawn anew
+    const origin = this.#layers[0].canvas.getBoundingClientRect();
     const scale = devicePixelRatio;
-    this.#canvas.width = Math.round(origin.width * scale);
-    this.#canvas.height = Math.round(origin.height * scale);
-    this.#context.setTransform(scale, 0, 0, scale, 0, 0);
+    for (const context of this.#layers) {
+      const [width, height] = [Math.round(origin.width * scale), Math.round(origin.height * scale)];
+      if (context.canvas.width !== width || context.canvas.height !== height) Object.assign(context.canvas, { width, height });
+      context.setTransform(scale, 0, 0, scale, 0, 0);
+    }
     this.#places.clear();
     for (const [id, { node }] of this.#picture.cards) {
       const { left, top, width, height } = node.getBoundingClientRect();
       const [x, y] = [left - origin.left, top - origin.top];
       this.#places.set(id, { x: x + width / 2, y: y + height / 2, left: x, top: y, width, height });
     }
-    const style = getComputedStyle(this.#canvas);
+    const style = getComputedStyle(this.#layers[0].canvas);
     for (const name of ["line", "ink", "cached", "compute", "lost"]) this.#colors[name] = style.getPropertyValue(`--${name}`);
   }
 
-  #drawEdges(shown) {
-    const { frontend, processor, router, engine } = this.#pipeline.stages;
-    const chosen = shown?.decision && this.#pipeline.engineOf(shown.decision.worker_id);
-    this.#context.setLineDash([2, 5]); // what engines publish, of their caches and their load
+  #drawEdges(shown, chosen) {
+    const { frontend, processor, router } = this.#pipeline.stages;
+    const engine = this.#picture.dense ? new Map() : this.#pipeline.stages.engine; // too many edges say nothing
+    this.#layers[0].setLineDash([2, 5]); // what engines publish, of their caches and their load
     for (const one of router.keys()) for (const other of engine.keys()) this.#drawEdge(other, one);
-    this.#context.setLineDash([]);
+    this.#layers[0].setLineDash([]);
     for (const one of processor.keys()) {
       for (const other of [...frontend.keys(), ...router.keys()]) this.#drawEdge(other, one);
       for (const other of engine.values()) if (other !== chosen) this.#drawEdge(one, other.id);
-      if (chosen) this.#drawEdge(one, chosen.id, this.#colors.cached, 2.5);
     }
+    const asked = shown?.asked.at(-1)?.processor ?? processor.keys().next().value;
+    if (chosen) this.#drawEdge(asked, chosen.id, this.#colors.cached, 2.5);
   }
 
   #drawEdge(from, to, color = this.#colors.line, width = 1.25) {
     const curve = this.#curve(from, to);
     if (!curve) return;
     const [a, b, c, d] = curve;
-    this.#context.strokeStyle = color;
-    this.#context.lineWidth = width;
-    this.#context.beginPath();
-    this.#context.moveTo(a.x, a.y);
-    this.#context.bezierCurveTo(b.x, b.y, c.x, c.y, d.x, d.y);
-    this.#context.stroke();
+    const [context] = this.#layers;
+    context.strokeStyle = color;
+    context.lineWidth = width;
+    context.beginPath();
+    context.moveTo(a.x, a.y);
+    context.bezierCurveTo(b.x, b.y, c.x, c.y, d.x, d.y);
+    context.stroke();
   }
 
   /** The edge between two cards: from side to side if they are beside each other, else from top to bottom. */
@@ -171,9 +183,10 @@ export class Flight {
     const [a, b, c, d] = curve;
     const mix = (axis) =>
       (1 - t) ** 3 * a[axis] + 3 * (1 - t) ** 2 * t * b[axis] + 3 * (1 - t) * t ** 2 * c[axis] + t ** 3 * d[axis];
-    this.#context.fillStyle = color;
-    this.#context.beginPath();
-    this.#context.arc(mix("x"), mix("y"), radius, 0, 2 * Math.PI);
-    this.#context.fill();
+    const context = this.#layers[1];
+    context.fillStyle = color;
+    context.beginPath();
+    context.arc(mix("x"), mix("y"), radius, 0, 2 * Math.PI);
+    context.fill();
   }
 }

@@ -30,7 +30,7 @@ export function life(request) {
   const list = el("ol", { className: "parts", "aria-label": "Its life" });
   for (const { name, kind, seconds } of parts) {
     const piece = el("i", { className: kind, title: `${name}: ${duration(seconds)}` });
-    piece.style.flexGrow = Math.max(seconds, 1e-6);
+    piece.style.flexGrow = 1000 * seconds; // shares of a sum that is more than 1, or the line would not be full
     line.append(piece);
     list.append(el("li", {}, el("i", { className: `swatch ${kind}` }), `${name} ${duration(seconds)}`));
   }

@@ -107,14 +107,17 @@ function drawFigures() {
   const busy = pipeline.share < 1 ? `live, 1 of ${Math.round(1 / pipeline.share)} requests shown` : "live";
   write(node, connected ? busy : "disconnected, trying again …");
   document.body.classList.toggle("disconnected", !connected);
+  document.body.classList.toggle("busy", pipeline.share < 1);
 }
 
 const drawCards = seldom(150, () => {
-  picture.draw(pipeline, shown);
+  if (picture.draw(pipeline, shown)) flight.moved();
   drawFigures();
-  flight.moved();
 });
 const drawList = seldom(400, () => decisions.draw());
+
+let moving = false;
+const drawFlight = seldom(30, (now) => (moving = flight.draw(now, shown))); // half the frames are smooth enough
 
 let frame = 0;
 let dirty = true;
@@ -129,7 +132,7 @@ function draw(now) {
   frame = 0;
   if (dirty && drawCards(now)) dirty = false;
   drawList(now);
-  const moving = flight.draw(now, shown);
+  drawFlight(now);
   if (dirty || moving) frame = requestAnimationFrame(draw);
 }
 

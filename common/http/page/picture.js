@@ -2,8 +2,9 @@
 
 import { count, duration, el, number, percent, write } from "./dom.js";
 import { nameOf } from "./pipeline.js";
+import { strip } from "./strip.js";
 
-const CELLS = 32; // squares for the blocks of a prompt; a longer one has several in each
+const CELLS = 32; // squares for the blocks of a prompt
 const DENSE = 12; // more engines than this are drawn small
 const SAYS = {
   frontend: "HTTP in, events out",
@@ -16,25 +17,24 @@ export class Picture {
   #shown = document.getElementById("shown");
   #cards = new Map(); // by instance id
   #onKill;
+  dense = false;
 
   /** onKill: called with an engine that is to be killed. */
   constructor(onKill) {
     this.#onKill = onKill;
   }
 
-  /** The card of an instance. */
-  card(id) {
-    return this.#cards.get(id)?.node;
-  }
-
   get cards() {
     return this.#cards;
   }
 
+  /** Returns whether cards came or went. */
   draw(pipeline, request) {
     const engines = pipeline.engines;
     const there = new Set();
-    this.#root.classList.toggle("dense", engines.length > DENSE);
+    const before = [...this.#cards.keys()].join();
+    this.dense = engines.length > DENSE;
+    this.#root.classList.toggle("dense", this.dense);
     for (const [stage, instances] of Object.entries(pipeline.stages)) {
       const list = this.#root.querySelector(`.stage.${stage} ul`);
       const ones = stage === "engine" ? engines : [...instances.values()];
@@ -55,6 +55,7 @@ export class Picture {
       this.#cards.delete(id);
     }
     this.#sayShown(request);
+    return before !== [...this.#cards.keys()].join();
   }
 
   #sayShown(request) {
@@ -62,7 +63,7 @@ export class Picture {
     this.#root.classList.toggle("idle", !decision);
     if (!decision) return write(this.#shown, "Send something, and its way through the pipeline is drawn here.");
     const blocks = Math.ceil(decision.prompt_blocks);
-    write(this.#shown, `“${request.title}”: ${count(blocks, "block")}, decided in ${duration(routed(request))}`);
+    write(this.#shown, `${count(blocks, "block")}, decided in ${duration(routed(request))}: “${request.title}”`);
   }
 }
 
@@ -84,7 +85,8 @@ class StageCard {
 
 class EngineCard {
   constructor(engine, onKill) {
-    this.title = el("strong");
+    this.name = el("span");
+    this.title = el("strong", {}, el("span", { className: "kind", textContent: "engine " }), this.name);
     this.state = el("span", { className: "state" });
     this.cost = el("span", { className: "cost" });
     this.strip = el("div", { className: "strip", role: "img" });
@@ -108,7 +110,7 @@ class EngineCard {
     const { worker, rate, lost } = engine;
     const name = nameOf(engine);
     const cost = lost ? null : decision?.costs.find((each) => each.worker_id === name);
-    write(this.title, `engine ${name}`);
+    write(this.name, name);
     write(this.state, stateOf(engine));
     write(this.cost, cost && isCost(decision) ? `cost ${number(cost.cost)}` : "");
     this.node.classList.toggle("lost", lost);
@@ -120,7 +122,7 @@ class EngineCard {
     const share = worker.total_blocks ? worker.cached_blocks / worker.total_blocks : 0;
     this.fill.style.width = `${worker.cached_blocks ? Math.max(1, 100 * share) : 0}%`;
     const of = worker.total_blocks ? ` of ${number(worker.total_blocks)}` : "";
-    write(this.cache, `KV cache: ${number(worker.cached_blocks)}${of} blocks, ${percent(share, 1)}`);
+    write(this.cache, `KV cache ${number(worker.cached_blocks)}${of} blocks, ${percent(share, 1)}`);
     const load = `${number(worker.prefill_blocks)} to compute, ${number(worker.decode_blocks)} being decoded`;
     write(this.load, `${load} · ${number(rate < 0.05 ? 0 : rate)} answers/s`);
   }
@@ -130,21 +132,11 @@ class EngineCard {
     const key = cost ? `${blocks} ${cost.overlap_blocks} ${cost.expected_blocks}` : "";
     if (this.drawn === key) return;
     this.drawn = key;
-    this.strip.replaceChildren(...(cost ? squares(blocks, cost) : []));
+    this.strip.replaceChildren(...(cost ? [strip(blocks, cost, CELLS)] : []));
     const says = cost ? `${cost.overlap_blocks} of ${count(blocks, "block")} of this prompt in its cache` : "";
     this.strip.setAttribute("aria-label", says || "no prompt is shown");
     this.strip.title = says;
   }
-}
-
-/** A square for each block, or for several of a long prompt. */
-export function squares(blocks, { overlap_blocks, expected_blocks }, cells = CELLS) {
-  const each = Math.max(1, blocks / cells);
-  return Array.from({ length: Math.min(blocks, cells) }, (_, place) => {
-    const block = (place + 0.5) * each;
-    const kind = block < overlap_blocks ? "block cached" : block < expected_blocks ? "block expected" : "block";
-    return el("i", { className: kind });
-  });
 }
 
 /** Whether a policy's cost means something to people. */

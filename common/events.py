@@ -154,8 +154,9 @@ class Feed:
         self._watchers.append(waiting)
         try:
             while not context.is_stopped():
-                yield Events(events=waiting.copy(), share=1 / (1 << self._level))
-                waiting.clear()
+                told = waiting.copy()
+                waiting.clear()  # before it is sent: what happens meanwhile is for the next message
+                yield Events(events=told, share=1 / (1 << self._level))
                 await first_of(context.async_killed_or_stopped(), self._stopped(), seconds=BATCH_SECONDS)
         finally:
             self._watchers.remove(waiting)

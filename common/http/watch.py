@@ -1,6 +1,7 @@
 """GET /events: what happens in the whole pipeline, as server-sent events for pages and other programs.
 
-    hello    version of the events (common/events.py), this frontend's instance id, whether it has a demo's buttons
+    hello    version of the events (common/events.py), this frontend's instance id, whether it has a demo's buttons;
+             comes once all programs are listened to
     joined   an instance of a stage is there: stage, instance_id
     left     one is there no longer
     fleet    every second: what each router knows of the workers, as GET /workers has it
@@ -77,8 +78,11 @@ class Watch:
         self._hello = event("hello", {"version": VERSION, **hello})
         self._viewers: set[_Viewer] = set()
         self._there: set[tuple[str, int]] = set()  # stages and instances that are known to be there
-        self._shares: dict[tuple[str, int], float] = {}  # of the requests that each program tells of
+        self._fleet = b""  # what was told last of the workers
+        self._listened: set[tuple[str, int]] = set()  # programs that are to tell
+        self._shares: dict[tuple[str, int], float] = {}  # of the requests that each does tell of
         self._following: asyncio.Task[None] | None = None
+        self._followed = asyncio.Event()  # once each has answered
 
     def routes(self) -> APIRouter:
         """The path."""
@@ -95,9 +99,12 @@ class Watch:
         viewer = _Viewer()
         self._viewers.add(viewer)
         if not self._following or self._following.done():
-            self._following = asyncio.create_task(self._follow())
+            self._following, self._followed = asyncio.create_task(self._follow()), asyncio.Event()
         leaving = asyncio.ensure_future(self._stopped())
         try:
+            # One that has died without a word, and that etcd still believes in, is not waited for.
+            await first_of(self._followed.wait(), asyncio.shield(leaving), seconds=LOOK_SECONDS)
+            viewer.take()  # it is all in what comes now
             yield self._hello + self._state()
             while not leaving.done():
                 await first_of(viewer.waiting.wait(), asyncio.shield(leaving), seconds=QUIET_SECONDS)
@@ -111,12 +118,12 @@ class Watch:
             if not self._viewers and self._following:
                 self._following.cancel()
                 self._following = None
-                self._there, self._shares = set(), {}
+                self._there, self._shares, self._fleet = set(), {}, b""
 
     def _state(self) -> bytes:
         """What one must know who has heard nothing so far."""
         joined = b"".join(_instance("joined", *one) for one in sorted(self._there))
-        return joined + event("sampled", {"share": self._share})
+        return joined + self._fleet + event("sampled", {"share": self._share})
 
     def _tell(self, part: bytes) -> None:
         for viewer in self._viewers:
@@ -133,10 +140,12 @@ class Watch:
                     following[key] = asyncio.create_task(self._follow_one(told[key], key[1]))
                 for key in following.keys() - told.keys():
                     following.pop(key).cancel()
-                    self._tell_share(key, 1.0)
+                    self._note(key, None)
+                self._listened = set(told)
                 with suppress(PipelineError):
                     report = await self._status.get_workers()
-                    self._tell(b"event: fleet\ndata: %b\n\n" % report.model_dump_json().encode())
+                    self._fleet = b"event: fleet\ndata: %b\n\n" % report.model_dump_json().encode()
+                    self._tell(self._fleet)
                 await asyncio.sleep(LOOK_SECONDS)
         finally:
             for task in following.values():
@@ -155,14 +164,17 @@ class Watch:
         """That of which all programs tell."""
         return min(self._shares.values(), default=1.0)
 
-    def _tell_share(self, key: tuple[str, int], share: float) -> None:
-        """A program tells of this share."""
+    def _note(self, key: tuple[str, int], share: float | None) -> None:
+        """A program tells of this share; None: of nothing any more."""
         before = self._share
-        self._shares[key] = share
-        if share == 1.0:
-            del self._shares[key]
+        if share is None:
+            self._shares.pop(key, None)
+        else:
+            self._shares[key] = share
         if self._share != before:
             self._tell(event("sampled", {"share": self._share}))
+        if self._listened <= self._shares.keys():
+            self._followed.set()
 
     @property
     def _stages(self) -> Mapping[str, Remote[Any, Any]]:
@@ -175,7 +187,7 @@ class Watch:
             context = Context()
             try:
                 async for message in feed.stream(WatchRequest(), context, [instance_id]):
-                    self._tell_share((feed.spec.component, instance_id), message.share)
+                    self._note((feed.spec.component, instance_id), message.share)
                     if message.events:
                         self._tell(b"".join(map(request_event, message.events)))
             except PipelineError as error:

@@ -124,7 +124,8 @@ export class Chat {
 
   #show() {
     by("stop").hidden = !this.#aborting;
-    by("send").disabled = Boolean(this.#aborting);
+    by("send").hidden = Boolean(this.#aborting);
+    if (!this.#aborting && document.activeElement === document.body) by("prompt").focus(); // the stop button is gone
   }
 
   /** After tool calls, what is typed next are their results. */

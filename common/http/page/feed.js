@@ -19,9 +19,11 @@ export class Feed {
   #connect() {
     const source = new EventSource("/events");
     for (const name of NAMES) {
-      source.addEventListener(name, (message) => this.#onEvent(name, JSON.parse(message.data)));
+      source.addEventListener(name, (message) => {
+        if (name === "hello") this.#onState(true); // from here on, nothing is missed
+        this.#onEvent(name, JSON.parse(message.data));
+      });
     }
-    source.onopen = () => this.#onState(true);
     source.onerror = () => {
       this.#onState(false);
       if (source.readyState === EventSource.CLOSED) setTimeout(() => this.#connect(), AGAIN);

@@ -115,8 +115,10 @@ export class Pipeline {
     return named.findLast((engine) => !engine.lost) ?? named.at(-1);
   }
 
+  /** All that are to be seen: of a lost one, until another one has its place. */
   get engines() {
-    return [...this.stages.engine.values()].sort((a, b) => collator.compare(nameOf(a), nameOf(b)));
+    const all = [...this.stages.engine.values()].filter((one) => !one.lost || this.engineOf(nameOf(one)) === one);
+    return all.sort((a, b) => collator.compare(nameOf(a), nameOf(b)));
   }
 }
 

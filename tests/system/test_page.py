@@ -6,9 +6,10 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from tests.system.conftest import PATIENCE, REPOSITORY, Pipeline
+from tests.system.conftest import PATIENCE, REPOSITORY, Pipeline, until
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
@@ -185,8 +186,8 @@ def test_tool_calls_are_shown_and_their_results_asked_for(visit: Open) -> None:
     rest = {"index": 0, "function": {"arguments": '{"engine": 0}'}}
     chunks = [chunk(tool_calls=[begin]), chunk(tool_calls=[rest])]
     body = "".join(f"data: {json.dumps(one)}\n\n" for one in chunks) + "data: [DONE]\n\n"
-    sent: list[Request] = []
-    page.on("request", lambda request: sent.append(request) if request.method == "POST" else None)
+    sent: list[Any] = []
+    page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
     page.get_by_label("Your message").fill("Stop engine 0, please.")
     page.get_by_label("Your message").press("Enter")
@@ -194,7 +195,7 @@ def test_tool_calls_are_shown_and_their_results_asked_for(visit: Open) -> None:
     page.get_by_label("Result of the tool stop").fill("stopped")
     page.get_by_label("Result of the tool stop").press("Enter")
     expect(page.locator(".calls li")).to_have_count(2)
-    messages = sent[-1].post_data_json["messages"]
+    messages = sent[-1]["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant", "tool"]
     assert messages[1]["tool_calls"][0]["function"] == {"name": "stop", "arguments": '{"engine": 0}'}
     assert messages[2] == {"role": "tool", "tool_call_id": "call-1", "content": "stopped"}
@@ -209,9 +210,9 @@ def test_everything_can_be_reached_by_keyboard(visit: Open) -> None:
     ask(page, "Where can the Tab key go?")
     expect(page.get_by_role("button", name="Stop")).to_be_hidden()
     controls = "a, button, summary, input, select, textarea"
-    wanted = page.locator(controls).evaluate_all(
-        "(all) => all.filter((one) => one.checkVisibility() && !one.disabled).map((one, place) => one.dataset.at = place)"
-    )
+    wanted = page.locator(controls).evaluate_all("""(all) => all
+        .filter((one) => one.checkVisibility() && !one.disabled)
+        .map((one, place) => one.dataset.at = place)""")
     page.evaluate("document.activeElement.blur()")
     reached: set[str] = set()
     for _ in range(3 * len(wanted)):
@@ -246,13 +247,13 @@ def test_stays_small_and_answers_with_64_workers_and_500_requests_a_second(visit
     page = visit(script="window.PER_TICK = 50;" + (Path(__file__).parent / "many_workers.js").read_text())
     expect(page.locator(".engine .card")).to_have_count(64)
     expect(page.locator("#connection")).to_contain_text("1 of 16 requests shown")
-    page.wait_for_function("made > 3000")
+    until(lambda: page.evaluate("made > 3000"), "3000 requests")
     assert page.locator("li.decision").count() <= 30
     assert page.locator("*").count() < 10_000
     page.locator("li.decision > button").first.click()
     expect(page.locator("li.decision.open")).to_have_count(1)
     title = page.locator("li.decision.open .title").inner_text()
-    page.wait_for_function("before => made > before + 1000", arg=page.evaluate("made"))
+    until(lambda: page.evaluate("made > 5000"), "5000 requests")
     expect(page.locator("li.decision.open .title")).to_have_text(title)  # it stays while one reads it
     page.get_by_label("Your message").fill("still there")
     expect(page.get_by_label("Your message")).to_have_value("still there")

@@ -2,7 +2,7 @@
 
     POST /v1/chat/completions  /v1/completions      streamed or not
     POST /tokenize  /detokenize
-    GET  /v1/models  /v1/models/{id}  /workers  /health  /live  /docs
+    GET  /v1/models  /v1/models/{id}  /workers  /health  /live  /metrics  /docs
     inference.frontend.chat_completions             the first for other Dynamo components, always streamed
 
 It checks each request, gives it its id, passes it to a processor of the model that it names, and writes what comes back
@@ -17,6 +17,7 @@ processor and the router in the same process.
 import argparse
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -31,8 +32,10 @@ from common.http.event_stream import EventStream
 from common.http.events import RequestEvents
 from common.http.exchange import Exchange, Exchanges, Observer, add_error_handlers
 from common.http.forms import ChatForm, Form, TextForm
+from common.http.metrics import FrontendMetrics
 from common.http.openapi import PARAMETERS, answer, describe_answers, errors
 from common.http.processors import Processors
+from common.http.recorder import Recorder
 from common.http.server import listening
 from common.http.status import Status
 from common.http.watch import Watch
@@ -278,9 +281,10 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
         client = await runtime.endpoint(args.processor).client()
         stage = stages[args.processor] = Remote(PROCESS.at(args.processor), client)
     service = Service(runtime, drain_seconds=args.drain_seconds)
+    processors = Processors(process, describe)
     frontend = Frontend(
         service,
-        processors=Processors(process, describe),
+        processors=processors,
         complete=complete,
         tokenize=tokenize,
         detokenize=detokenize,
@@ -292,10 +296,14 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     # What is seen of the pipeline from outside, beside the path of requests.
     feed = Feed(endpoint.connection_id(), service.stopped)
     hello = {"frontend": feed.instance_id, "prompts": args.show_prompts, "demo": args.demo}
-    routes = [status.routes(), Watch(feeds, status, service.stopped, hello).routes(), page.routes()]
+    metrics = FrontendMetrics(service.registry, processors.serves)
+    routes = [status.routes(), Watch(feeds, status, service.stopped, hello).routes(), page.routes(), metrics.routes()]
     if args.demo:
         routes.append(Demo(mortals).routes())
-    app = frontend.app(args.cors_origin, routes, [RequestEvents(feed, show_prompts=args.show_prompts)])
+    observers: list[Observer] = [RequestEvents(feed, show_prompts=args.show_prompts), metrics]
+    if args.record:
+        observers.append(Recorder(args.record))
+    app = frontend.app(args.cors_origin, routes, observers)
     # Around the service: while that waits for the requests in progress, they still have their connections.
     async with listening(app, args.host, args.port, reuse_port=args.reuse_port), service:
         service.add(events, WATCH_FRONTEND, feed.watch)
@@ -322,6 +330,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     options.add_argument("--strict-fields", action="store_true", help="refuse fields that nobody here knows")
     options.add_argument("--demo", action="store_true", help="let engines be killed from the page")
+    options.add_argument("--record", type=os.path.abspath, help="file to write a trace of the traffic to, without text")
     options.add_argument("--show-prompts", action="store_true", help="let those who watch read their first words")
     return options
 

@@ -50,6 +50,7 @@ from common.openai_api import (
     TOKENIZE,
     ChatCompletionChunk,
     ModelCard,
+    PromptBlocks,
     Text,
     Tokens,
 )
@@ -206,18 +207,19 @@ class Processor:
         self, generations: Sequence[Generation], answers: Sequence[Answer], completion: Completion, context: Context
     ) -> AsyncGenerator[ChatCompletionChunk]:
         """Yield the chunks of all answers as they come, then the usage."""
+        record = "x-record" in context.metadata
         async with contexts_of(context, len(answers)) as contexts:
             streams = [self._answer(*each) for each in zip(generations, answers, contexts, strict=True)]
             async with aclosing(merged(streams)) as chunks:
                 async for chunk in chunks:
+                    if record and chunk.routing:
+                        chunk.routing.prompt = self._blocks(generations[0])
                     yield chunk
         usage = usage_of(generations, answers)
         chunk = completion.chunk([])
         chunk.usage = usage.encode()
-        if routing := routing_of(generations):
+        if routing := routing_of(generations, self._identity.block_size):
             chunk.routing = routing
-            if "x-record" in context.metadata:  # so that the frontend can write a trace
-                routing.local_hashes = self._local_hashes(generations[0].tokens[: generations[0].prompt_tokens])
         yield chunk
         log_request(
             log,
@@ -301,6 +303,12 @@ class Processor:
     def _local_hashes(self, tokens: list[int]) -> list[int]:
         """Of each full block of a prompt, what routers know it by."""
         return compute_block_hash_for_seq(tokens, self._identity.block_size)
+
+    def _blocks(self, generation: Generation) -> PromptBlocks:
+        """The prompt, for a frontend that records traffic."""
+        count, size = generation.prompt_tokens, self._identity.block_size
+        hashes = self._local_hashes(generation.tokens[:count])
+        return PromptBlocks(tokens=count, block_size=size, local_hashes=hashes)
 
     def _find_worker(self, generation: Generation, context: Context) -> FindWorkerRequest:
         request, metadata = generation.request, context.metadata

@@ -40,6 +40,7 @@ from common.messages import (
 from common.remote import Remote
 from common.routing.fleet import Fleet
 from common.routing.membership import Membership
+from common.routing.metrics import RouterMetrics
 from common.routing.overlap_watch import OverlapWatch
 from common.routing.policy import POLICIES, Candidate, LowestCost, Weights
 from common.routing.prefix_index import sequence_hashes
@@ -68,6 +69,7 @@ class Router:
         *,
         policy: str,
         feed: Feed,
+        metrics: RouterMetrics,
         stopped: Callable[[], Awaitable[None]],
     ) -> None:
         self._fleet = fleet
@@ -75,6 +77,7 @@ class Router:
         self._chooser = chooser
         self._policy = policy
         self._feed = feed
+        self._metrics = metrics
         self._stopped = stopped
         self._watches: defaultdict[str, OverlapWatch] = defaultdict(OverlapWatch)  # by model
 
@@ -84,6 +87,7 @@ class Router:
         Raises Unavailable if no worker fits.
         """
         await self._membership.settled()
+        began = self._metrics.on_asked()
         prompt = Prompt(sequence_hashes(request.local_hashes), request.tokens / request.model.block_size)
         candidates = self._fleet.candidates(request, prompt)
         watch = self._watches[request.model.name]
@@ -97,6 +101,7 @@ class Router:
                 cost.cost = candidate.cost
             if tell:
                 tell(self._decided(best, costs))
+            self._metrics.on_decided(candidates, best, began)
             self._fleet.remember(request, best.worker.instance_id)
             name, blocks = best.worker.name, round(prompt.blocks, 1)
             log_request(log, request_id, worker=name, prompt_blocks=blocks, overlap_blocks=best.overlap_blocks)
@@ -164,6 +169,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
             chooser_of(args.policy, weights, fleet),
             policy=args.policy,
             feed=feed,
+            metrics=RouterMetrics(service.registry, fleet, feed.instance_id),
             stopped=service.stopped,
         )
         service.add(events, WATCH_ROUTER, feed.watch)

@@ -6,7 +6,8 @@ JSON lines, one a request:
 
 `timestamp` is in milliseconds; the lengths are in tokens; `hash_ids` has one id for every 512 tokens of the prompt, the
 last of which may be fewer. Two prompts that begin with the same k ids begin with the same tokens. (Qin et al.,
-"Mooncake", FAST '25; github.com/kvcache-ai/Mooncake, FAST25-release/traces.)
+"Mooncake", FAST '25; github.com/kvcache-ai/Mooncake, FAST25-release/traces.) What `frontend.py --record` writes has ids
+for fewer tokens, and says so in `block_size`.
 """
 
 import gzip
@@ -18,7 +19,7 @@ from typing import Annotated
 
 import msgspec
 
-PIECE_TOKENS = 512  # tokens that a hash id stands for
+PIECE_TOKENS = 512  # tokens that a hash id stands for, unless a line says how many
 
 
 class _Line(msgspec.Struct):
@@ -26,6 +27,7 @@ class _Line(msgspec.Struct):
     input_length: Annotated[int, msgspec.Meta(ge=0)]
     output_length: Annotated[int, msgspec.Meta(ge=0)]
     hash_ids: Annotated[list[int], msgspec.Meta(min_length=1)]
+    block_size: Annotated[int, msgspec.Meta(ge=1)] = PIECE_TOKENS
 
 
 @dataclass(slots=True, frozen=True)
@@ -92,7 +94,7 @@ def _lines(file: Path) -> Iterator[_Line]:
 def _pieces(line: _Line, scale: float) -> tuple[tuple[int, int], ...]:
     """Each ends where it ends in every prompt, so that equal ones stay equal whatever the scale."""
     length = max(round(line.input_length * scale), 1)
-    ends = [min(round(number * PIECE_TOKENS * scale), length) for number in range(1, len(line.hash_ids) + 1)]
+    ends = [min(round(number * line.block_size * scale), length) for number in range(1, len(line.hash_ids) + 1)]
     ends[-1] = length
     tokens = (end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True))
     return tuple((hash_id, count) for hash_id, count in zip(line.hash_ids, tokens, strict=True) if count)

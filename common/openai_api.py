@@ -71,13 +71,22 @@ class ChunkChoice(TokenMessage, kw_only=True):
     finish_reason: str | None = None
 
 
+class PromptBlocks(TokenMessage, kw_only=True):
+    """A prompt as routers know it."""
+
+    tokens: int
+    block_size: int  # tokens
+    local_hashes: list[int]  # `compute_block_hash_for_seq` of each full block, its tokens alone
+
+
 class Routing(TokenMessage, kw_only=True, omit_defaults=True):
     """Who answers, on the first chunk, which the frontend turns into response headers; and who did, on the last."""
 
     worker_id: str
     overlap_blocks: int
+    overlap_tokens: int | None = None  # what those blocks hold, on the last chunk
     migrations: int = 0  # moves from a worker that failed to this one
-    local_hashes: list[int] | None = None  # of the prompt's blocks, on the last chunk, for a frontend that records
+    prompt: PromptBlocks | None = None  # on the first chunk, for a frontend that records traffic
 
 
 class ChatCompletionChunk(TokenMessage, kw_only=True):

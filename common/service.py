@@ -29,6 +29,7 @@ from contextlib import aclosing, contextmanager
 from typing import Any, NoReturn, cast
 from urllib.parse import urlsplit
 
+from common import metrics
 from common.errors import Cancelled, Internal, PipelineError, StartupError
 from common.log import add_options, log_request, set_up
 from common.messages import Answer, EndpointSpec, Failure, Request, TokenMessage
@@ -47,7 +48,12 @@ LEAVE_SECONDS = 5.0  # for the runtime to shut down its endpoints
 UNREGISTER_SECONDS = 2.0  # for etcd to take an endpoint out of discovery
 
 # What Dynamo reads when its runtime is made.
-_RUNTIME_DEFAULTS = {"DYN_REQUEST_PLANE": "nats", "DYN_DISCOVERY_BACKEND": "etcd", "DYN_EVENT_PLANE": "nats"}
+_RUNTIME_DEFAULTS = {
+    "DYN_REQUEST_PLANE": "nats",
+    "DYN_DISCOVERY_BACKEND": "etcd",
+    "DYN_EVENT_PLANE": "nats",
+    "DYN_SYSTEM_HOST": "127.0.0.1",  # of the port for metrics: the runtime's own default is all addresses
+}
 
 Handler = Callable[[Request, Context], AsyncIterator[Answer]]
 
@@ -126,6 +132,8 @@ class Service:
         self._registered: list[Endpoint] = []
         self._served: list[asyncio.Future[Any]] = []
         self._background: list[asyncio.Task[None]] = []
+        self.registry = metrics.registry()  # what this program tells Prometheus, besides what the runtime does
+        self.model: str | None = None  # a label of what the runtime tells of its endpoints, as Dynamo's workers have it
 
     async def __aenter__(self) -> "Service":
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -176,7 +184,7 @@ class Service:
 
     def _register(self, endpoint: Endpoint, answer: Any) -> Awaitable[Any]:
         self._registered.append(endpoint)
-        return endpoint.serve_endpoint(answer)
+        return endpoint.serve_endpoint(answer, metrics_labels=[("model", self.model)] if self.model else None)
 
     def add_served(self, endpoint: Endpoint, spec: EndpointSpec[Any, Any], serve: Callable[[], Awaitable[Any]]) -> None:
         """Have `endpoint` served by `serve`, which registers it and answers its requests in its own way."""
@@ -186,6 +194,7 @@ class Service:
         """Return once everything that was added is registered, in that order. If serving ends before it was asked to,
         this program stops with an error."""
         DistributedRuntime.endpoint = _too_late  # type: ignore[method-assign]
+        self._show_metrics()
         for path, endpoint, serve in self._added:
             if self.stopping:
                 return
@@ -196,6 +205,7 @@ class Service:
             while endpoint.connection_id() not in client.instance_ids() and not self.stopping:
                 await asyncio.sleep(REGISTER_SECONDS)
             log.info("serving %s as instance %d", path, endpoint.connection_id())
+        self._runtime.set_health_status(True)  # which the system port says
         # What is there now stays. To look through it for garbage takes 0.2 s on a free core, and seconds on a busy one,
         # in which Python's lock is held, so that no thread of the runtime can hand over a message.
         gc.collect()
@@ -203,6 +213,13 @@ class Service:
         # Requests in progress are thousands of objects, and few of them are in cycles: by default, looking through them
         # takes a tenth of the time.
         gc.set_threshold(GARBAGE_OBJECTS)
+
+    def _show_metrics(self) -> None:
+        """Show them on the system port, if there is one (DYN_SYSTEM_PORT)."""
+        if self._added and (address := self._runtime.system_status_server_url()):  # type: ignore[attr-defined]
+            _, endpoint, _ = self._added[0]  # whose name is not on them
+            endpoint.metrics.register_prometheus_expfmt_callback(lambda: metrics.text(self.registry))
+            log.info("metrics at %s/metrics", address)
 
     def background(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` beside the endpoints until this program leaves. It must not end before."""
@@ -261,6 +278,7 @@ class Service:
 
     async def _drain(self) -> None:
         """Take this process out of discovery, then wait for the requests in progress, and cut off what is left."""
+        self._runtime.set_health_status(False)
         for endpoint in self._registered:
             try:
                 await asyncio.wait_for(endpoint.unregister_endpoint_instance(), UNREGISTER_SECONDS)

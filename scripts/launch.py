@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ ANSWER_SECONDS = 60
 STOP_SECONDS = 15  # for a program to end, besides what it gives requests in progress
 SIGN_SECONDS = 0.5 if TERMINAL else 10.0  # between signs of life while parts start
 GPU_SHARE = 0.85  # of a GPU's memory for engines
+SYSTEM_PORT = 18000  # the first for metrics: the kernel hands out none so low, so each stays its part's own
+SCRAPE_SECONDS = 2  # between two looks of Prometheus at all parts
+SAID = 90  # characters of what a part says while it starts, where that is no terminal
 QUESTION = "What does the router do, and how does it know which worker has my prompt cached?"
 # What --demo adds: two minutes on the page.
 TOUR = (
@@ -73,6 +77,8 @@ class Launcher:
         self._data = self._logs / "data"
         self._claims: list[socket.socket] = []
         self._environment: dict[str, str] = {}
+        self._system_ports: dict[str, int] = {}  # by part
+        self._prometheus = ""  # its address
         self._parts: list[Part] = []
 
     async def run(self) -> None:
@@ -96,6 +102,9 @@ class Launcher:
             await self._end()
 
     async def _work(self) -> None:
+        if self._args.prometheus and not shutil.which("prometheus"):
+            hint = "apt install prometheus, or https://prometheus.io/download"
+            raise LaunchError(f"--prometheus: there is none on the PATH; install it ({hint}), or leave the option out")
         try:
             self._claims.append(claim(self._args.port, self._args.host))
         except LaunchError as error:
@@ -112,7 +121,7 @@ class Launcher:
 
             signs = group.create_task(self._show_signs_of_life())
             # All at once: the programs wait for NATS and etcd themselves.
-            rows = [await self._nats(), await self._etcd(), *self._engines(), *self._others()]
+            rows = [await self._nats(), await self._etcd(), *self._engines(), *self._others(), self._scraper()]
             self._parts += [part for row in rows for part in row]
             await asyncio.gather(*(group.create_task(start(row)) for row in rows))
             model = await self._check()
@@ -120,12 +129,16 @@ class Launcher:
             self._report(model)
 
     async def _show_signs_of_life(self) -> None:
-        """Say what is being waited for: on a terminal in one line that changes, else now and then."""
+        """Say what is being waited for, and what one of that says itself: on a terminal in one line that changes, else
+        now and then."""
         began = time.monotonic()
         while True:
             await asyncio.sleep(SIGN_SECONDS)
-            names = ", ".join(part.name for part in self._parts if not part.ready) or "answers"
+            waiting = [part for part in self._parts if not part.ready]
+            names = ", ".join(part.name for part in waiting) or "answers"
             text = f"launch: waiting for {names} … {time.monotonic() - began:.0f} s"
+            if waiting and (said := (speaker := max(waiting, key=Part.wrote_at)).last_words()):
+                text += f" ({speaker.name}: {said if len(said) <= SAID else f'{said[:SAID]}…'})"
             columns = shutil.get_terminal_size().columns - 1  # a line that wraps could not be cleared
             print(f"{CLEAR_LINE}{text[:columns]}" if TERMINAL else f"{text}\n", end="", flush=True)
 
@@ -172,7 +185,7 @@ class Launcher:
                 own["gpu_memory_fraction"] = round(GPU_SHARE / len(range(number, count, gpus)), 3)
             part = self._program(f"engine {number}", f"serving {GENERATE.path} ", own)
             if gpus:
-                part.environment = {**self._environment, "CUDA_VISIBLE_DEVICES": str(number % gpus)}
+                part.environment = {**part.environment, "CUDA_VISIBLE_DEVICES": str(number % gpus)}
             rows[number % len(rows)].append(part)
         return rows
 
@@ -186,7 +199,7 @@ class Launcher:
             own["processor"] = f"{NAMESPACE}.{args.stage.stem}.process"
             stage = self._part(args.stage.stem, [sys.executable, str(args.stage)], f"serving {own['processor']} ")
             path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-            stage.environment = {**self._environment, "PYTHONPATH": path}
+            stage.environment = {**self._with_system_port(args.stage.stem), "PYTHONPATH": path}
             parts.append(stage)
         parts += [self._program(name, "listening on", own) for name in names("frontend", args.frontends)]
         return [[part] for part in parts]
@@ -195,7 +208,29 @@ class Launcher:
         """One of the four programs, the first word of `name`. own: values of options that are not the launch's."""
         program = name.split()[0]
         options = options_of(PARSERS[program](), {**vars(self._args), **(own or {})})
-        return self._part(name, [sys.executable, str(REPOSITORY / f"{program}.py"), *options], ready_text)
+        part = self._part(name, [sys.executable, str(REPOSITORY / f"{program}.py"), *options], ready_text)
+        part.environment = self._with_system_port(name)
+        return part
+
+    def _with_system_port(self, name: str) -> dict[str, str]:
+        """The environment of a part that gets a port for its metrics."""
+        for port in range(SYSTEM_PORT, 2**15):  # the runtime takes none that is higher
+            with suppress(LaunchError):
+                self._claims.append(claim(port))
+                self._system_ports[name] = port
+                return {**self._environment, "DYN_SYSTEM_PORT": str(port)}
+        raise LaunchError(f"no port from {SYSTEM_PORT} to {2**15 - 1} is free for the metrics of {name}")
+
+    def _scraper(self) -> list[Part]:
+        """A Prometheus that asks all programs, if it is wanted. They keep their ports when they are started again."""
+        if not self._args.prometheus:
+            return []
+        config, address = self._data / "prometheus.yml", f"127.0.0.1:{self._server_port(9090)}"
+        config.write_text(json.dumps(scraping(self._system_ports), indent=2))  # JSON is YAML
+        self._prometheus = f"http://{address}"
+        options = [f"--storage.tsdb.path={self._data}/prometheus", f"--web.listen-address={address}"]
+        command = ["prometheus", f"--config.file={config}", *options]
+        return [self._part("prometheus", command, "Server is ready to receive web requests")]
 
     def _part(self, name: str, command: list[str], ready_text: str) -> Part:
         return Part(name, command, ready_text, self._logs / f"{name.replace(' ', '-')}.log", self._environment)
@@ -252,6 +287,10 @@ class Launcher:
         if self._environment:
             servers = " ".join(f"{name}={value}" for name, value in self._environment.items())
             say(f"for a program of your own beside it: {servers}")
+        ports = ", ".join(f"{name} {port}" for name, port in self._system_ports.items())
+        say(f"metrics, at http://127.0.0.1:PORT/metrics: {ports}")
+        if self._prometheus:
+            say(f"Prometheus asks them all: {self._prometheus}")
         say(f"logs: {self._logs.relative_to(REPOSITORY)}/")
         say("try this, twice: the second time, x-kv-overlap-blocks says how much of it the same worker had cached")
         print(f"\n  curl -iN {address}/v1/chat/completions -H 'content-type: application/json' \\")
@@ -265,12 +304,24 @@ class Launcher:
         """End the parts: first who asks, then who is asked."""
         print(CLEAR_LINE, end="", flush=True)
         stage = self._args.stage and self._args.stage.stem
-        for kind in ("frontend", stage, "processor", "router", "engine", "etcd", "nats"):
+        for kind in ("prometheus", "frontend", stage, "processor", "router", "engine", "etcd", "nats"):
             parts = [part for part in self._parts if kind in (part.name, part.name.split()[0])]
             await asyncio.gather(*(part.stop(self._args.drain_seconds + STOP_SECONDS) for part in parts))
         if self._parts:
             shutil.rmtree(self._data, ignore_errors=True)
             say("everything has ended")
+
+
+def scraping(ports: Mapping[str, int]) -> dict[str, Any]:
+    """What tells Prometheus to ask the parts at these ports, each program a job."""
+    jobs: dict[str, list[dict[str, Any]]] = {}
+    for part, port in ports.items():
+        target = {"targets": [f"127.0.0.1:{port}"], "labels": {"part": part}}
+        jobs.setdefault(part.split()[0], []).append(target)
+    return {
+        "global": {"scrape_interval": f"{SCRAPE_SECONDS}s"},
+        "scrape_configs": [{"job_name": job, "static_configs": targets} for job, targets in jobs.items()],
+    }
 
 
 def question(model: str, content: str, **fields: Any) -> dict[str, Any]:
@@ -337,7 +388,7 @@ def number(most: int) -> Callable[[str], int]:
 def script(text: str) -> Path:
     """For argparse: a file that is there, and has a name that no other part has."""
     path = Path(text).absolute()
-    if not path.is_file() or path.stem in (*PARSERS, "nats", "etcd"):
+    if not path.is_file() or path.stem in (*PARSERS, "nats", "etcd", "prometheus"):
         raise argparse.ArgumentTypeError(f"{path} is not there, or has the name of another part")
     return path
 
@@ -368,6 +419,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--port", type=number(2**16 - 1), default=8000, help="HTTP port")
     add("--host", default="127.0.0.1", help="HTTP address; 0.0.0.0 for all")
     add("--stage", type=script, help="script to put before the processors, at inference.NAME.process")
+    add("--prometheus", action="store_true", help="start a Prometheus that collects the metrics of all parts")
     for program, parser in PARSERS.items():
         title = "all programs" if program == "processor" else f"{program}.py"
         group = options.add_argument_group(f"handed on to {title}")

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,12 @@ STEADY_SECONDS = 60  # after so long the next death counts as the first
 TERMINAL = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 CLEAR_LINE = "\r\x1b[K" if TERMINAL else ""
 BOLD, RED, GREEN = 1, 31, 32  # as terminals number them
+LAST_BYTES = 4096  # of a log, in which its last line is looked for
+
+_COLOUR = re.compile(r"\x1b\[[\d;]*[a-zA-Z]")
+# What lines of our programs and of SGLang begin with: when, how bad, and who.
+_PREAMBLE = re.compile(r"^\[?\d{4}-\d\d-\d\d[ T][\d:,.]+[^\]\s]*( TP\d+)?\]?( [A-Z]+ \S+:)?\s*")
+_NOISE = re.compile(r"\s+[^\s\d]|.*Warning: ")  # Python's warnings, and what belongs to the line before
 
 
 class LaunchError(Exception):
@@ -74,6 +81,20 @@ class Part:
             await asyncio.sleep(0.1)
         self.ready = True
         say(f"{paint(f'{self.name} is ready', GREEN)} ({time.monotonic() - began:.1f} s)")
+
+    def last_words(self) -> str:
+        """The last line of its log that says what it is doing. A progress bar is a line written over and over."""
+        if self.process is None:
+            return ""
+        with self.log.open("rb") as log:
+            log.seek(max(self._log_start, self.log.stat().st_size - LAST_BYTES))
+            lines = _COLOUR.sub("", log.read().decode(errors="replace")).replace("\r", "\n").splitlines()
+        line = next((line for line in reversed(lines) if line.strip() and not _NOISE.match(line)), "")
+        return _PREAMBLE.sub("", line, count=1).strip()
+
+    def wrote_at(self) -> float:
+        """When its log got its last line, in seconds since the epoch."""
+        return self.log.stat().st_mtime if self.process else 0.0
 
     async def keep_running(self) -> NoReturn:
         """Start it again whenever it dies, later each time. Runs until cancelled."""

@@ -81,6 +81,7 @@ class SglangEngine:
         """
         # Else the temperature is part of them, and they say how likely a token was made and not what the model thinks.
         os.environ.setdefault("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
+        log.info("importing SGLang")
         import torch
 
         cpu = not torch.cuda.is_available()
@@ -89,6 +90,7 @@ class SglangEngine:
             sglang_cpu.activate()
         import sglang
 
+        log.info("loading %s", model_path)
         name_parent()
         block_size = identity.block_size
         with reserved(3) as (events, replay, load):

@@ -74,10 +74,12 @@ class Exchange:
         metadata = {name: self.headers[name] for name in METADATA if name in self.headers}
         self.context = Context(context_id, {"x-request-id": self.request_id, **metadata})
         self.send = send
+        self.path: str = scope["path"]
         self._what = f"{scope['method']} {scope['raw_path'].decode('latin-1')}"  # encoded, so of one line
         self._observers = observers
         self.began = time.perf_counter()
         self.first: float | None = None  # when the first chunk came
+        self.chunks = 0
         self.completion_request: GenerationRequest | None = None  # once its body is known to be one
         self.ignored: list[str] = []  # fields of its body that nobody here knows
         self.routing: Routing | None = None
@@ -124,6 +126,7 @@ class Exchange:
 
     def noted(self, chunk: ChatCompletionChunk) -> ChatCompletionChunk:
         """The chunk, once what it says is remembered. Raises Internal if it says nonsense."""
+        self.chunks += 1
         if chunk.routing:
             self.routing, chunk.routing = chunk.routing, UNSET  # the headers say it, unless it came too late for that
         for choice in chunk.choices:

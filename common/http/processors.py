@@ -64,6 +64,10 @@ class Processors:
             param="model",
         )
 
+    def serves(self, model: str) -> bool:
+        """Whether one has said that it serves a model of this name."""
+        return bool(self._serving(model))
+
     async def stream(self, request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
         """Yield what a processor of the model answers. Raises PipelineError, as `find` and `Remote.stream` do."""
         found = await self.find(request.model)

@@ -1,6 +1,7 @@
 """Which worker has which blocks in its KV cache: Dynamo's RadixTree, fed from ZMQ."""
 
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -36,6 +37,7 @@ class PrefixIndex:
         self._tree = RadixTree()
         self._hashes: dict[int, dict[int, int]] = {}  # by instance and block id, the sequence hash of each block
         self._event_id = 0
+        self.applied = Counter[tuple[str, str]]()  # KV events, by type and by what Dynamo calls what became of them
 
     def overlaps(self, local_hashes: Sequence[int]) -> dict[int, int]:
         """By instance, how many leading blocks of a prompt it has. One that has none is not in it."""
@@ -70,6 +72,7 @@ class PrefixIndex:
                 self._remove(instance_id, change)
             case AllBlocksCleared():
                 self.clear(instance_id)
+                self.applied["cleared", "ok"] += 1
         return []
 
     def clear(self, instance_id: int) -> None:
@@ -86,7 +89,9 @@ class PrefixIndex:
         known = self._hashes.setdefault(instance_id, {})
         if stored.parent_id is not None and stored.parent_id not in known:
             log.debug("instance %d stored blocks after one that was never seen; they cannot be placed", instance_id)
+            self.applied["stored", "parent_block_not_found"] += 1
             return []
+        self.applied["stored", "ok"] += 1
         blocks = [
             {"block_hash": block_id, "tokens_hash": local_hash}
             for block_id, local_hash in zip(stored.block_ids, stored.local_hashes, strict=True)
@@ -100,6 +105,7 @@ class PrefixIndex:
     def _remove(self, instance_id: int, removed: RemovedBlocks) -> None:
         known = self._hashes.get(instance_id, {})
         block_ids = [block_id for block_id in removed.block_ids if block_id in known]
+        self.applied["removed", "ok" if block_ids else "block_not_found"] += 1
         if block_ids:
             self._apply(instance_id, {"removed": {"block_hashes": block_ids}})
             for block_id in block_ids:

@@ -52,6 +52,8 @@ class Worker:
         self._unfinished = 0.0  # blocks of the whole prompts of those
         self._other_prefill = 0.0
         self._other_decode = 0.0
+        self.report: LoadStat | None = None  # its last own account
+        self.reported_at = 0.0  # when that came, on the monotonic clock
         self.reason: str | None = None  # why it does not fit requests for its own model
         self.chosen_at = 0.0  # when it got its last request, on the monotonic clock
         self.requests = 0  # in progress, of those that this router sent here
@@ -72,6 +74,23 @@ class Worker:
     def decode_blocks(self) -> float:
         """Blocks that the requests in progress hold, which each decoding step reads. Shared ones count once."""
         return len(self._held) + self._tails + self._other_decode
+
+    @property
+    def leased(self) -> tuple[float, float]:
+        """Blocks to compute, and held, by our leases alone."""
+        return self._prefill, len(self._held) + self._tails
+
+    @property
+    def reported(self) -> tuple[float, float] | None:
+        """The same by its own last account; None if it gave none."""
+        if not (report := self.report):
+            return None
+        return report.waiting_prefill_tokens / self.block_size, report.used_tokens / self.block_size
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block; 0 if it does not say."""
+        return self.info.model.block_size if self.info else 0
 
     def serves(self, model_name: str) -> bool:
         """Whether it says that it serves a model of this name."""
@@ -172,11 +191,10 @@ class Worker:
         """
         if self.info is None:
             return
+        self.report, self.reported_at = stat, time.monotonic()
         self._forget_ended()
         explained = self._leased + sum(blocks for _, blocks in self._ended)
-        block_size = self.info.model.block_size
-        waiting = stat.waiting_prefill_tokens / block_size
-        used = stat.used_tokens / block_size
+        waiting, used = self.reported or (0.0, 0.0)
         beyond = max(waiting + used - explained, 0.0)
         self._other_prefill = min(max(waiting - self._unfinished, 0.0), beyond)
         self._other_decode = max(used - explained, 0.0)

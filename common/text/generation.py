@@ -187,12 +187,17 @@ def usage_of(generations: Sequence[Generation], answers: Sequence[Answer]) -> Us
     return usage
 
 
-def routing_of(generations: Sequence[Generation]) -> Routing | None:
-    """Who has answered in the end; None if nobody had to."""
+def routing_of(generations: Sequence[Generation], block_size: int) -> Routing | None:
+    """Who has answered in the end; None if nobody had to. block_size: tokens in a KV block."""
     if not (decision := generations[0].decision):
         return None
     migrations = sum(len(generation.failed) for generation in generations)
-    return Routing(worker_id=decision.worker_id, overlap_blocks=decision.overlap_blocks, migrations=migrations)
+    return Routing(
+        worker_id=decision.worker_id,
+        overlap_blocks=decision.overlap_blocks,
+        overlap_tokens=decision.overlap_blocks * block_size,
+        migrations=migrations,
+    )
 
 
 async def best(

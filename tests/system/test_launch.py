@@ -132,6 +132,12 @@ def test_shows_each_part_and_a_curl_that_answers(launch: Launch) -> None:
     worker = re.search(r"x-worker-id: .*", first)
     assert worker and worker.group() in second
     assert re.search(r"x-kv-overlap-blocks: [1-9]", second)
+    metrics = re.search(r"metrics, at http://127.0.0.1:PORT/metrics: (.*)", launch.text)
+    assert metrics
+    ports = dict(re.findall(r"([a-z]+(?: \d)?) (\d+)", metrics.group(1)))
+    assert ports.keys() == {"engine 0", "engine 1", "router", "processor", "frontend"}
+    for port in ports.values():
+        assert "process_cpu_seconds_total" in httpx.get(f"http://127.0.0.1:{port}/metrics").text
     logs = re.search(r"logs: (\S+)", launch.text)
     assert logs and (REPOSITORY / logs.group(1) / "router.log").exists()
 
@@ -282,6 +288,19 @@ def test_a_port_in_use_is_said(launch: Launch, tmp_path: Path) -> None:
     assert "--port N" in done.stderr
 
 
+def test_a_missing_prometheus_is_said(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for program in ("bash", "dirname", "env", "cat", "grep", "sha256sum", "cut"):
+        found = shutil.which(program)
+        assert found
+        (tmp_path / "bin" / program).symlink_to(found)
+    command = ["./launch.sh", "--backend", "mocker", "--prometheus"]
+    environment = {**os.environ, "PATH": str(tmp_path / "bin")}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "install it (apt install prometheus" in done.stderr
+
+
 def test_a_missing_model_is_said(tmp_path: Path) -> None:
     port = str(free_ports(1)[0])
     command = ["./launch.sh", "--backend", "mocker", "--port", port, "--model", "/nowhere"]
@@ -303,6 +322,7 @@ def test_help() -> None:
         "--backend",
         "--port",
         "--stage",
+        "--prometheus",
     ):
         assert option in done.stdout
     for options in (
@@ -464,13 +484,17 @@ def test_it_says_what_it_waits_for(tmp_path: Path) -> None:
     """Without a terminal in plain lines."""
     go = tmp_path / "go"
     script = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.1)\n"
+    script = "print('2026-11-26 03:45:02,486 INFO slow: counting sheep', flush=True)\n" + script
     script += "print('serving inference.slow.process as told', flush=True)\ntime.sleep(3600)\n"
     (tmp_path / "slow.py").write_text(script)
     launch = Launch(tmp_path, "--engines", "1", "--stage", str(tmp_path / "slow.py"))
     try:
         launch.wait_for("router is ready")
-        waiting = r"^launch: waiting for (.*\b)?slow\b.* … \d+ s$"
+        waiting = r"^launch: waiting for (.*\b)?slow\b.* … \d+ s( \(.*\))?$"
         until(lambda: re.search(waiting, launch.text, re.MULTILINE), "a sign of life")
+        until(
+            lambda: re.search(r"waiting for slow … \d+ s \(slow: counting sheep\)$", launch.text, re.MULTILINE), "more"
+        )
         go.touch()
         launch.wait_for("slow is ready")
         assert "\x1b" not in launch.text

@@ -28,6 +28,7 @@ from tests.unit.stand_ins import Handler, LocalClient
 
 import httpx
 from dynamo.runtime import Context
+from fastapi import APIRouter
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -132,6 +133,7 @@ class Door:
         keepalive_seconds: float = 0.0,
         strict_fields: bool = False,
         observers: Sequence[Observer] = (),
+        routes: Sequence[APIRouter] = (),
     ) -> None:
         runtime: Any = None
         self.service = Service(runtime, drain_seconds=0.0)
@@ -148,7 +150,7 @@ class Door:
         )
         remotes = {name: Remote(WORKERS, _client(handlers)) for name, handlers in (stages or {}).items()}
         status = Status(remotes, Remote(WORKERS, _client(routers or {})), lambda: self.service.stopping)
-        self.app: Any = self.frontend.app(cors_origins, [status.routes()], observers)
+        self.app: Any = self.frontend.app(cors_origins, [status.routes(), *routes], observers)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return self.request("GET", path, **options)

@@ -238,7 +238,7 @@ class TestAnswer:
         assert [chunk.routing for chunk in chunks] == [
             Routing(worker_id="w1", overlap_blocks=1),
             UNSET,
-            Routing(worker_id="w1", overlap_blocks=1),
+            Routing(worker_id="w1", overlap_blocks=1, overlap_tokens=16),
         ]
         assert [chunk.choices[0].delta.role for chunk in chunks[:-1]] == ["assistant", None]
 

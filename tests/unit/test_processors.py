@@ -61,6 +61,15 @@ def play(scenario: Callable[[Processors, LocalClient], Awaitable[None]], *handle
     asyncio.run(run())
 
 
+def test_it_knows_what_has_been_said_without_asking() -> None:
+    async def scenario(processors: Processors, describe: LocalClient) -> None:
+        assert not processors.serves("a")
+        await processors.find("a")
+        assert (processors.serves("a"), processors.serves("b")) == (True, False)
+
+    play(scenario, serves("a"))
+
+
 def test_each_is_asked_once() -> None:
     async def scenario(processors: Processors, describe: LocalClient) -> None:
         for _ in range(3):

@@ -11,6 +11,7 @@ from common.events import Feed
 from common.messages import FindWorkerRequest, RoutingDecision, StoredBlocks, WorkersRequest
 from common.routing import overlap_watch
 from common.routing.fleet import Fleet
+from common.routing.metrics import RouterMetrics
 from common.routing.policy import POLICIES, LowestCost, Weights
 from common.routing.worker import Worker
 from router import Router, arguments, chooser_of
@@ -18,6 +19,7 @@ from tests.unit.stand_ins import identity, worker_info
 
 import pytest
 from dynamo.runtime import Context
+from prometheus_client import CollectorRegistry
 
 HASHES = [101, 102]
 
@@ -37,12 +39,14 @@ class Scene:
         for number in (1, 2):
             self.fleet.add(Worker(number, worker_info(number)))
         self.leaving = asyncio.Event()
+        self.registry = CollectorRegistry()
         self.router = Router(
             self.fleet,
             cast(Any, Settled()),
             LowestCost(POLICIES[policy], Weights()),
             policy=policy,
             feed=Feed(9, self._stopped),
+            metrics=RouterMetrics(self.registry, self.fleet, "9"),
             stopped=self._stopped,
         )
 

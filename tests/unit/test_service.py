@@ -53,8 +53,15 @@ class FakeEndpoint:
     async def client(self) -> Discovery:
         return Discovery(self)
 
-    async def serve_endpoint(self, handler: Any) -> None:
-        self.handler, self.registered = handler, True
+    @property
+    def metrics(self) -> "FakeEndpoint":
+        return self
+
+    def register_prometheus_expfmt_callback(self, callback: Callable[[], str]) -> None:
+        self.text = callback
+
+    async def serve_endpoint(self, handler: Any, metrics_labels: list[tuple[str, str]] | None) -> None:
+        self.handler, self.registered, self.labels = handler, True, metrics_labels
         if self.fails:
             await asyncio.sleep(0.01)
             raise self.fails
@@ -67,6 +74,14 @@ class FakeEndpoint:
 class FakeRuntime:
     def __init__(self) -> None:
         self.ended = asyncio.Event()
+        self.system: str | None = None
+        self.ready = False
+
+    def system_status_server_url(self) -> str | None:
+        return self.system
+
+    def set_health_status(self, ready: bool) -> None:
+        self.ready = ready
 
     def shutdown(self) -> None:
         self.ended.set()
@@ -462,3 +477,32 @@ def test_the_first_of_many_ends_the_others() -> None:
         await first_of(asyncio.Event().wait(), seconds=0.01)
 
     asyncio.run(main())
+
+
+class TestMetrics:
+    def served(self, caplog: pytest.LogCaptureFixture, system: str | None, model: str | None = None) -> FakeEndpoint:
+        async def scenario() -> FakeEndpoint:
+            caplog.set_level(logging.INFO)
+            scene = Scene(echo, 0.0)
+            scene.runtime.system, scene.service.model = system, model
+            async with scene.service:
+                await scene.service.serve()
+                assert scene.runtime.ready
+            assert not scene.runtime.ready
+            return scene.endpoint
+
+        return asyncio.run(scenario())
+
+    def test_they_are_on_the_system_port_and_the_log_says_where(self, caplog: pytest.LogCaptureFixture) -> None:
+        endpoint = self.served(caplog, "http://127.0.0.1:18000")
+        assert "metrics at http://127.0.0.1:18000/metrics" in caplog.text
+        assert "process_cpu_seconds_total" in endpoint.text()
+
+    def test_without_a_system_port_there_is_no_word_of_them(self, caplog: pytest.LogCaptureFixture) -> None:
+        self.served(caplog, None)
+        assert "metrics" not in caplog.text
+
+    def test_endpoints_of_an_engine_are_labelled_with_its_model(self, caplog: pytest.LogCaptureFixture) -> None:
+        """As Dynamo's dashboard wants those of workers."""
+        assert self.served(caplog, None).labels is None
+        assert self.served(caplog, None, model="m").labels == [("model", "m")]

@@ -30,7 +30,9 @@ export class Burst {
       }
     };
     await Promise.all(Array.from({ length: AT_ONCE }, send));
-    write(this.#says, tally.error ? tally.error.message : summary(tally));
+    const said = tally.error ? tally.error.message : summary(tally);
+    write(this.#says, said);
+    write(document.getElementById("said"), said); // once, for those who hear it
     for (const button of this.#buttons) button.disabled = false;
   }
 

@@ -33,7 +33,6 @@ export class Chat {
     by("stop").onclick = () => this.#aborting?.abort();
     by("new").onclick = () => this.#begin();
     this.#begin();
-    this.listModels();
   }
 
   /** Offers the models that are served now. */
@@ -106,6 +105,7 @@ export class Chat {
     this.#show();
     this.#onAsk(turn.id, text);
     try {
+      if (!by("model").value) await this.listModels();
       for await (const chunk of stream(this.body(history), turn.id, this.#aborting.signal)) {
         turn.add(chunk, this.#pipeline.blockSize);
         by("turns").scrollTop = by("turns").scrollHeight;

@@ -50,7 +50,7 @@ function onSelect(request) {
 function onEvent(name, event) {
   const now = performance.now();
   const request = pipeline.add(name, event);
-  if (name === "hello") chat.listModels();
+  if (name === "hello" || event.stage === "processor") chat.listModels();
   if (request) {
     decisions.add(request);
     flight.follow(request, now);

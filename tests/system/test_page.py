@@ -137,13 +137,13 @@ def test_a_decision_opens_into_the_life_of_its_request(visit: Open) -> None:
 @pytest.mark.parametrize(("button", "cached"), [("Send 20 like it", True), ("Send 20 different ones", False)])
 def test_twenty_requests_lead_to_decisions(visit: Open, button: str, cached: bool) -> None:
     page = visit()
-    page.get_by_label("Your message").fill(f"{button}: {LONG}")
+    page.get_by_label("Your message").fill("What does a router do?")
     page.get_by_role("button", name=button).click()
     expect(page.locator("#burst")).to_have_text(re.compile("^20 answers"))
     expect(page.locator("li.decision")).to_have_count(20)
     share = re.search(r"(\d+) % of their blocks", page.locator("#burst").inner_text())
     assert share
-    assert (int(share[1]) > 20) == cached
+    assert int(share[1]) > 50 if cached else int(share[1]) == 0
 
 
 def test_what_others_send_is_seen_as_text(watched: Pipeline, visit: Open) -> None:
@@ -305,6 +305,8 @@ def test_the_picture(pipeline: Pipeline, browser: Browser) -> None:
         ask(page, question, max_tokens=64)
         expect(page.get_by_role("button", name="Stop")).to_be_hidden()
     page.get_by_text("Model, system prompt, tools").click()
-    page.wait_for_timeout(3000)
+    page.get_by_role("button", name="Send 20 like it").click()
+    until(lambda: page.locator("li.decision").count() > 9, "some decisions")
+    page.wait_for_timeout(400)  # until they are all there to see, and while others are on their way
     (REPOSITORY / "pictures").mkdir(exist_ok=True)
     page.screenshot(path=REPOSITORY / "pictures" / "page.png")

@@ -6,6 +6,10 @@ import { count, number, percent, write } from "./dom.js";
 const REQUESTS = 20;
 const AT_ONCE = 4; // browsers open six connections to a server: this leaves one to the events, and one to the chat
 const TOKENS = 32; // of each answer, at most
+// What prompts begin with where no conversation has begun: long enough for some blocks.
+const PREAMBLE = `You are an assistant that knows about inference pipelines. A frontend takes the requests, a processor
+makes tokens of them, a router chooses the engine that has most of a prompt in its KV cache and least to do, and that
+engine computes the rest and answers. Keep your answers short and correct, and do not make things up.`;
 
 export class Burst {
   #chat;
@@ -37,8 +41,10 @@ export class Burst {
   }
 
   async #one(kind, place, tally) {
-    const body = this.#chat.body([{ role: "user", content: variation(kind, this.#chat.prompt, place) }]);
-    if (kind === "different") body.messages[0].content = `${tag()} ${body.messages[0].content}`;
+    const { conversation, prompt } = this.#chat;
+    const body = this.#chat.body([...conversation, { role: "user", content: `${prompt} (${place})` }]);
+    if (body.messages.length === 1) body.messages.unshift({ role: "system", content: PREAMBLE });
+    if (kind === "different") body.messages[0] = { ...body.messages[0], content: `${tag()} ${body.messages[0].content}` };
     const { headers, body: answer } = await ask({ ...body, max_tokens: Math.min(TOKENS, body.max_tokens ?? TOKENS) });
     const worker = headers.get("x-worker-id");
     tally.answered += 1;
@@ -49,8 +55,6 @@ export class Burst {
 }
 
 const tag = () => `[${Math.random().toString(36).slice(2, 8)}]`;
-
-const variation = (kind, prompt, place) => (kind === "like" ? `${prompt} (${place})` : prompt);
 
 function summary({ answered, blocks, cached, workers }) {
   const shares = [...workers].sort().map(([name, answers]) => `worker ${decodeURIComponent(name)}: ${number(answers)}`);

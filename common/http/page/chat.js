@@ -78,6 +78,11 @@ export class Chat {
     return by("prompt").value.trim() || last?.content || QUESTIONS[0];
   }
 
+  /** What has been said, without tool calls. */
+  get conversation() {
+    return this.#history.filter(({ role, tool_calls }) => role !== "tool" && !tool_calls);
+  }
+
   #submit() {
     const text = by("prompt").value.trim();
     if (!text || this.#aborting) return;

@@ -50,6 +50,6 @@ function has(cost, blocks) {
 function load({ prefill_blocks, decode_blocks }) {
   const parts = [];
   if (prefill_blocks) parts.push(`${count(prefill_blocks, "block")} to compute`);
-  if (decode_blocks) parts.push(`${number(decode_blocks)} being decoded`);
+  if (decode_blocks) parts.push(`${prefill_blocks ? number(decode_blocks) : count(decode_blocks, "block")} being decoded`);
   return parts.join(" and ") || "nothing";
 }

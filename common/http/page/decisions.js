@@ -106,10 +106,11 @@ class Row {
     this.button.setAttribute("aria-expanded", open);
     this.node.classList.toggle("open", open);
     this.node.classList.toggle("failed", Boolean(ended?.error));
+    const loss = moved.at(-1); // told by another program than the decision, so perhaps later
+    const before = loss ? `Moved from worker ${loss.worker_id} after ${count(loss.tokens, "token")}; then ` : "";
+    write(this.why, sentence(before + why(decision)));
     if (decision !== this.#decision) {
       this.#decision = decision;
-      const before = moved.at(-1) ? `Moved from worker ${moved.at(-1).worker_id} after ${count(moved.at(-1).tokens, "token")}; then ` : "";
-      write(this.why, sentence(before + why(decision)));
       this.costs.replaceChildren(...costsOf(decision));
     }
     this.more.hidden = !open;

@@ -8,7 +8,7 @@ import { el, number, percent, seldom, write } from "./dom.js";
 import { Feed } from "./feed.js";
 import { Flight } from "./flight.js";
 import { Picture } from "./picture.js";
-import { nameOf, Pipeline } from "./pipeline.js";
+import { lose, nameOf, Pipeline } from "./pipeline.js";
 
 const NEWEST = 1200; // milliseconds that the newest decision stays in the picture, under load
 const OWN = 4000; // and one of this page's own
@@ -78,7 +78,7 @@ async function confirmKill(engine) {
   if (dialog.returnValue !== "kill") return;
   try {
     await kill(engine.id);
-    engine.lost = true;
+    lose(engine);
     write(said, `Engine ${nameOf(engine)} was killed.`);
   } catch (error) {
     write(said, error.message);

@@ -80,6 +80,10 @@ export class Pipeline {
       const answered = worker.routed_requests - worker.requests;
       const rate = engine.worker ? Math.max(0, answered - engine.answered) / Math.max(now - engine.at, 0.1) : 0;
       engine.rate = engine.rate * 0.6 + rate * 0.4; // smoothed, or it would flicker
+      if (engine.lost) {
+        engine.events ??= worker.events; // that came before it was lost
+        engine.lost = worker.events === engine.events; // or it still lives, and lost a request only
+      }
       Object.assign(engine, { worker, answered, at: now });
       this.blockSize = worker.model?.block_size ?? this.blockSize;
     }
@@ -92,14 +96,8 @@ export class Pipeline {
       bounded(this.requests, REQUESTS).set(request.id, request);
     }
     request.add(name, event);
-    if (name === "moved") this.#lose(event.worker_id);
+    if (name === "moved") lose(this.engineOf(event.worker_id));
     return request;
-  }
-
-  /** An engine that loses a request is dead: etcd finds out some seconds later. */
-  #lose(workerId) {
-    const engine = this.engineOf(workerId);
-    if (engine) engine.lost = true;
   }
 
   /** Remembers a prompt of this page, which may always be shown here. */
@@ -123,6 +121,11 @@ export class Pipeline {
 }
 
 const collator = new Intl.Collator("en", { numeric: true });
+
+/** An engine that loses a request is dead, as far as one knows; etcd finds out some seconds later. */
+export function lose(engine) {
+  if (engine) Object.assign(engine, { lost: true, events: null });
+}
 
 export const nameOf = (engine) => engine.worker?.worker_id ?? engine.id;
 

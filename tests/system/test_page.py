@@ -306,7 +306,8 @@ def test_the_picture(pipeline: Pipeline, browser: Browser) -> None:
         expect(page.get_by_role("button", name="Stop")).to_be_hidden()
     page.get_by_text("Model, system prompt, tools").click()
     page.get_by_role("button", name="Send 20 like it").click()
-    until(lambda: page.locator("li.decision").count() > 9, "some decisions")
-    page.wait_for_timeout(400)  # until they are all there to see, and while others are on their way
+    expect(page.locator("#burst")).to_contain_text("20 answers")  # and their dots, which are slower, still fly
+    until(lambda: page.locator("li.decision").count() == 23, "all decisions")
+    page.evaluate("Promise.all(document.getAnimations().map((animation) => animation.finished))")
     (REPOSITORY / "pictures").mkdir(exist_ok=True)
     page.screenshot(path=REPOSITORY / "pictures" / "page.png")

@@ -1,6 +1,6 @@
 // Twenty requests at once, to see caching at work: with the same beginning, or with nothing in common.
 
-import { ask } from "./client.js";
+import { ask, requestId } from "./client.js";
 import { count, number, percent, write } from "./dom.js";
 
 const REQUESTS = 20;
@@ -42,10 +42,12 @@ export class Burst {
 
   async #one(kind, place, tally) {
     const { conversation, prompt } = this.#chat;
-    const body = this.#chat.body([...conversation, { role: "user", content: `${prompt} (${place})` }]);
+    const [id, content] = [requestId(), `${prompt} (${place})`];
+    const body = this.#chat.body([...conversation, { role: "user", content }]);
     if (body.messages.length === 1) body.messages.unshift({ role: "system", content: PREAMBLE });
     if (kind === "different") body.messages[0] = { ...body.messages[0], content: `${tag()} ${body.messages[0].content}` };
-    const { headers, body: answer } = await ask({ ...body, max_tokens: Math.min(TOKENS, body.max_tokens ?? TOKENS) });
+    this.#pipeline.own(id, content);
+    const { headers, body: answer } = await ask({ ...body, max_tokens: Math.min(TOKENS, body.max_tokens ?? TOKENS) }, id);
     const worker = headers.get("x-worker-id");
     tally.answered += 1;
     tally.cached += Number(headers.get("x-kv-overlap-blocks"));

@@ -5,6 +5,8 @@ import { count, duration, el, number, write } from "./dom.js";
 
 const QUESTIONS = ["What does the router do?", "How does the router know what an engine has cached?", "What is a KV cache?"];
 
+const SPEED_SECONDS = 0.02; // an answer that came all at once has no speed
+
 const by = (id) => document.getElementById(id);
 
 export class Chat {
@@ -200,7 +202,7 @@ class Turn {
     else if (this.#said.cached) this.#said.cached += ` of ${number(Math.ceil(prompt / blockSize))}`;
     const seconds = (performance.now() - (this.#first ?? this.#began)) / 1000;
     this.#said.tokens = count(tokens, "token");
-    if (tokens > 1 && seconds > 0) this.#said.speed = `${number((tokens - 1) / seconds)} tokens/s`;
+    if (seconds > SPEED_SECONDS) this.#said.speed = `${number((tokens - 1) / seconds)} tokens/s`;
   }
 
   fail(text) {

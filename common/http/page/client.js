@@ -16,8 +16,8 @@ export async function kill(instanceId) {
 }
 
 /** One whole answer: its headers and its body. */
-export async function ask(body, signal) {
-  const response = await post(body, requestId(), signal);
+export async function ask(body, id) {
+  const response = await post(body, id);
   return { headers: response.headers, body: await read(response) };
 }
 

@@ -57,6 +57,7 @@ async def serve_sglang(runtime: DistributedRuntime, args: argparse.Namespace) ->
             announce(service, runtime, engine.info, demo=args.demo)
             service.model = engine.info.model.name
             service.add(generate, GENERATE, lambda *request: coalescer.coalesced(engine.generate(*request)))
+            await engine.warm_up()
             await service.serve()
             service.background(engine.publish(generate, register=args.register_model))
             await service.stopped()

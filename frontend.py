@@ -30,12 +30,13 @@ from common.http.body import JsonRoute
 from common.http.demo import Demo
 from common.http.event_stream import EventStream
 from common.http.events import RequestEvents
-from common.http.exchange import Exchange, Exchanges, Observer, add_error_handlers
+from common.http.exchange import ANSWER_HEADERS, Exchange, Exchanges, Observer, add_error_handlers
 from common.http.forms import ChatForm, Form, TextForm
 from common.http.metrics import FrontendMetrics
 from common.http.openapi import PARAMETERS, answer, describe_answers, errors
 from common.http.processors import Processors
 from common.http.recorder import Recorder
+from common.http.runtime_parent import RuntimeParent
 from common.http.server import listening
 from common.http.status import Status
 from common.http.watch import Watch
@@ -104,9 +105,14 @@ class Frontend:
         self._noted_fields: set[str] = set()
 
     def app(
-        self, cors_origins: Sequence[str] = (), routes: Sequence[APIRouter] = (), observers: Sequence[Observer] = ()
+        self,
+        cors_origins: Sequence[str] = (),
+        routes: Sequence[APIRouter] = (),
+        observers: Sequence[Observer] = (),
+        runtime_parent: RuntimeParent | None = None,
     ) -> ASGIApp:
-        """The HTTP application, with more paths than its own, and with those who watch its requests."""
+        """The HTTP application, with more paths than its own, and with those who watch its requests. runtime_parent: of
+        the spans that the runtime has of a request."""
         app = FastAPI(title="Inference pipeline", description=__doc__)
         app.router.route_class = JsonRoute
         add_error_handlers(app)
@@ -129,7 +135,7 @@ class Frontend:
         app.add_api_route("/v1/models/{model:path}", self.get_model, responses=errors(404, 503))
         for more in routes:
             app.include_router(more)
-        exchanges = Exchanges(app, self._service.in_progress, observers)
+        exchanges = Exchanges(app, self._service.in_progress, observers, runtime_parent)
         if not cors_origins:
             return exchanges
         return CORSMiddleware(  # around all, for a page is to read errors too
@@ -137,7 +143,7 @@ class Frontend:
             allow_origins=cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-worker-id", "x-kv-overlap-blocks", "x-ignored-fields", "retry-after"],
+            expose_headers=ANSWER_HEADERS,
         )
 
     async def chat_completions(
@@ -303,7 +309,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     observers: list[Observer] = [RequestEvents(feed, show_prompts=args.show_prompts), metrics]
     if args.record:
         observers.append(Recorder(args.record))
-    app = frontend.app(args.cors_origin, routes, observers)
+    app = frontend.app(args.cors_origin, routes, observers, RuntimeParent(runtime, service))
     # Around the service: while that waits for the requests in progress, they still have their connections.
     async with listening(app, args.host, args.port, reuse_port=args.reuse_port), service:
         service.add(events, WATCH_FRONTEND, feed.watch)

@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from common.coalescer import Coalescer
 from common.errors import Cancelled, Internal, InvalidRequest, NotFound, Unavailable
 from common.events import WATCH_PROCESSOR, Asked, Feed, Moved
-from common.log import log_request
+from common.log import log_request, names, request_id
 from common.messages import (
     FIND_WORKER,
     GENERATE,
@@ -63,7 +63,7 @@ from common.openai_request import (
     characters,
 )
 from common.remote import Remote
-from common.service import Service, parser, request_id, run
+from common.service import Service, parser, run
 from common.text.answer import Answer, Completion
 from common.text.chat_model import ChatModel
 from common.text.generation import Generation, best, check_ids, contexts_of, generations_of, routing_of, usage_of
@@ -71,6 +71,7 @@ from common.text.merged import merged
 from common.text.reasoning import Reasoning
 from common.text.schemas import checked
 from common.text.tool_calls import constraint_of, tool_calls_of
+from common.tracing import span
 
 from dynamo.llm import compute_block_hash_for_seq
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
@@ -121,6 +122,7 @@ class Processor:
         parsers = self._model.parsers
         constraint = await checked(constraint_of(request, parsers.tool_calls))
         text, prompt = await _aside(
+            context,
             characters(request.messages),
             self._prompt,
             request.messages,
@@ -151,7 +153,7 @@ class Processor:
         """Yield the answers to a text completion request, as `process` does: for each prompt those to it, in order."""
         self._check_model(request)
         constraint = await checked(request.constraint)
-        prompts = [await self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+        prompts = [await self._encode(each, context) if isinstance(each, str) else each for each in request.prompts]
         for prompt in prompts:
             check_ids(prompt, self._model.tokenizer.get_vocab_size())
         completion = Completion(f"cmpl-{context.id()}", self._model.name, self._fingerprint)
@@ -172,9 +174,9 @@ class Processor:
         if request.messages:
             conversation = (request.messages, request.tools or (), request.chat_template_kwargs)
             answer = request.add_generation_prompt
-            _, tokens = await _aside(characters(request.messages), self._prompt, *conversation, answer=answer)
+            _, tokens = await _aside(context, characters(request.messages), self._prompt, *conversation, answer=answer)
         else:
-            tokens = await self._encode(request.prompt or "", special=request.add_special_tokens)
+            tokens = await self._encode(request.prompt or "", context, special=request.add_special_tokens)
         strings = [self._model.texts.text_of(token) for token in tokens] if request.return_token_strs else None
         yield Tokens(count=len(tokens), max_model_len=self._model.context_length, tokens=tokens, token_strs=strings)
 
@@ -195,9 +197,9 @@ class Processor:
         text = self._model.render(*conversation, **options)
         return text, self._model.encode(text)
 
-    async def _encode(self, text: str, *, special: bool = True) -> list[int]:
+    async def _encode(self, text: str, context: Context, *, special: bool = True) -> list[int]:
         """The token ids of a text that no template has written."""
-        return await _aside(len(text), self._model.encode, text, add_special_tokens=special, param="prompt")
+        return await _aside(context, len(text), self._model.encode, text, add_special_tokens=special, param="prompt")
 
     def _begin(self, request: CompletionRequest, generation: Generation) -> str:
         """The prompt, if the answer is to begin with it."""
@@ -223,7 +225,7 @@ class Processor:
         yield chunk
         log_request(
             log,
-            request_id(context),
+            context,
             finish_reason=",".join(sorted({str(answer.finish_reason) for answer in answers})),
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
@@ -272,8 +274,9 @@ class Processor:
             yield EngineOutput(finish_reason="length")
             return
         request = generation.generate_request(self._model, limit - generation.generated)
+        stream = self._engines.stream(request, context, [decision.instance_id])
         try:
-            async with aclosing(self._engines.stream(request, context, [decision.instance_id])) as outputs:
+            async with aclosing(generation.traced(stream, context)) as outputs:
                 async for output in outputs:
                     if output.finish_reason == "cancelled":
                         raise _gave_up(decision, context)
@@ -291,8 +294,8 @@ class Processor:
                 message = f"worker {decision.worker_id} was lost in the midst of a form that no other can go on with"
                 raise Unavailable(f"{message}; try again: {error}") from error
             generation.failed.append(decision.instance_id)
-            message = "request_id=%s migrates from worker %s after %d tokens: %s"
-            log.warning(message, request_id(context), decision.worker_id, generation.generated, error)
+            message = "%s migrates from worker %s after %d tokens: %s"
+            log.warning(message, names(context), decision.worker_id, generation.generated, error)
             if generation.tell:
                 generation.tell(Moved(worker_id=decision.worker_id, tokens=generation.generated, reason=str(error)))
             if len(generation.failed) > MIGRATIONS:
@@ -324,11 +327,12 @@ class Processor:
         )
 
 
-async def _aside(characters: int, work: Callable[..., Result], *args: Any, **options: Any) -> Result:
+async def _aside(context: Context, characters: int, work: Callable[..., Result], *args: Any, **options: Any) -> Result:
     """Do work on a text: a long one beside the event loop, a short one before a thread would have begun."""
-    if characters < THREAD_CHARACTERS:
-        return work(*args, **options)
-    return await asyncio.to_thread(work, *args, **options)
+    with span("template and tokenizer", context):
+        if characters < THREAD_CHARACTERS:
+            return work(*args, **options)
+        return await asyncio.to_thread(work, *args, **options)
 
 
 def _finish_reason(reason: str | dict[str, object]) -> str:

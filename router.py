@@ -103,8 +103,14 @@ class Router:
                 tell(self._decided(best, costs))
             self._metrics.on_decided(candidates, best, began)
             self._fleet.remember(request, best.worker.instance_id)
-            name, blocks = best.worker.name, round(prompt.blocks, 1)
-            log_request(log, request_id, worker=name, prompt_blocks=blocks, overlap_blocks=best.overlap_blocks)
+            log_request(
+                log,
+                context,
+                request_id=request_id,
+                worker=best.worker.name,
+                prompt_blocks=round(prompt.blocks, 1),
+                overlap_blocks=best.overlap_blocks,
+            )
             yield decision(best, costs if request.explain else ())
             await first_of(context.async_killed_or_stopped(), self._stopped())
         watch.on_finished(prompt)

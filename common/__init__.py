@@ -6,4 +6,9 @@ every stream, whatever DYN_LOG says. `DYNAMO_SKIP_PYTHON_LOG_INIT=` (empty) in t
 
 import os
 
-os.environ.setdefault("DYNAMO_SKIP_PYTHON_LOG_INIT", "1")
+from common import tracing
+
+if tracing.wanted():
+    tracing.import_runtime()
+else:
+    os.environ.setdefault("DYNAMO_SKIP_PYTHON_LOG_INIT", "1")

@@ -3,19 +3,21 @@
 ZMQ's publishers drop messages: those sent before a subscriber was there, and those that a slow one has no room for. So
 KV events carry sequence numbers, workers send the recent ones again on a second socket, and give a snapshot of their
 cache to who needs older ones. What cannot be had in any of these ways is said, never guessed.
+
+Silence is no loss: a worker that was stopped for a while has its cache and its recent events when it goes on.
 """
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from common.errors import PipelineError
 from common.messages import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
     CacheSnapshot,
+    KvEvent,
     KvEventBatch,
     LoadStat,
     StoredBlocks,
@@ -29,9 +31,9 @@ from dynamo.llm import compute_block_hash_for_seq
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # after this long without events, ask whether the last ones were lost
-REPLAY_SECONDS = 1.0  # a worker that does not answer a replay request for so long will not
-REPLAY_ATTEMPTS = 3  # the answer can lose messages too
-SILENT_ATTEMPTS = 5  # without any answer, and nothing is known of the worker any more
+REPLAY_SECONDS = 1.0  # without another message of an answer, and it is over, or was never begun
+FRUITLESS_ATTEMPTS = 3  # answers in a row without what is missing: it is gone; one answer can lose messages too
+SILENT_ATTEMPTS = 30  # in a row without any answer: do without
 END_OF_REPLAY = -1
 
 _UNSIGNED = 2**64
@@ -62,8 +64,8 @@ class Lost:
 
 
 class KvEventStream:
-    """One worker's KV events. It begins with a snapshot of the cache if the worker gives any, else with the oldest
-    event that the worker still has."""
+    """One worker's KV events. It begins with a snapshot of the cache if there is somebody to give it, else with the
+    oldest event that the worker still has. One that starts again counts from 0 again: it needs another stream."""
 
     def __init__(self, events: str, replay: str, snapshot: Snapshot | None = None) -> None:
         self._events = events
@@ -71,130 +73,143 @@ class KvEventStream:
         self._snapshot = snapshot
         self._next = 0  # the sequence number of the next batch to give out
         self._silent = 0  # attempts in a row that had no answer
-        self._decoder = msgspec.msgpack.Decoder(KvEventBatch)
+        self._left_out = 0  # events that could not be read
+        self._batches = msgspec.msgpack.Decoder(KvEventBatch)
+        self._changes = msgspec.msgpack.Decoder(KvEvent)
         self.up_to_date = False  # whether all is given out that was there at the beginning
 
     async def __aiter__(self) -> AsyncIterator[Update | Lost]:
-        """Yield every change once, in order; `Lost` where all that was said before no longer holds."""
+        """Yield every change once, in order; `Lost` where all that was said before no longer holds. Raises
+        PipelineError if a snapshot is needed and cannot be had."""
         context = zmq.asyncio.Context.instance()
         with context.socket(zmq.SUB) as live, context.socket(zmq.DEALER) as replay:
             for socket, address in ((live, self._events), (replay, self._replay)):
                 socket.set(zmq.LINGER, 0)
-                socket.set(zmq.RCVHWM, 0)
+                socket.set_hwm(0)
                 socket.connect(address)
             live.subscribe(b"")
-            if self._snapshot:
-                async for update in self._read(self._snapshot):
-                    yield update
+            async for update in self._read_snapshot():
+                yield update
             async for item in self._catch_up(replay):
                 yield item
             self.up_to_date = True
             while True:
-                if not await live.poll(IDLE_SECONDS * 1000):
-                    async for item in self._check(replay):
+                came = None
+                if await live.poll(IDLE_SECONDS * 1000):
+                    *_, number, payload = await live.recv_multipart()
+                    came = int.from_bytes(number, "big"), payload
+                if came is None or came[0] > self._next:
+                    async for item in self._catch_up(replay, came):
                         yield item
-                    continue
-                _, number, payload = await live.recv_multipart()
-                sequence = int.from_bytes(number, "big")
-                if sequence > self._next:
-                    async for item in self._catch_up(replay, (sequence, payload)):
-                        yield item
-                elif sequence == self._next:
-                    yield self._take(sequence, payload)
-
-    async def _check(self, replay: zmq.asyncio.Socket) -> AsyncIterator[Update | Lost]:
-        """Nothing came for a while: yield what was missed, or that nothing is known of the worker any more."""
-        before = self._silent
-        async for item in self._catch_up(replay):
-            yield item
-        if before < SILENT_ATTEMPTS <= self._silent:
-            yield Lost()
-        elif before >= SILENT_ATTEMPTS > self._silent and self._snapshot:
-            async for item in self._start_over(self._snapshot):
-                yield item
+                elif came[0] == self._next:
+                    yield self._take(*came)
 
     async def _catch_up(
         self, replay: zmq.asyncio.Socket, came: tuple[int, bytes] | None = None
     ) -> AsyncIterator[Update | Lost]:
         """Yield what is missing up to now, and with it the batch that `came` too early."""
         batches = dict([came] if came else ())
-        for _ in range(REPLAY_ATTEMPTS):
-            batches |= await self._replayed(replay)
-            for item in self._take_all(batches):
-                yield item
-            if not batches:
+        fruitless = 0
+        while fruitless < FRUITLESS_ATTEMPTS:
+            before = self._next
+            answer, complete = await self._ask(replay)
+            batches |= answer
+            for update in self._take_all(batches):
+                yield update
+            if complete and not batches:
                 return
-        if self._next:  # not the oldest ones of a worker that has run for long
-            log.warning("%s: events %d to %d are lost", self._events, self._next, min(batches) - 1)
-        if self._snapshot:
-            async for item in self._start_over(self._snapshot):
+            if self._next > before:  # SGLang's and the mocker's sockets drop what is beyond the first 1,000 or so
+                fruitless = 0
+            elif complete or answer:
+                fruitless += 1
+            elif self._silent % SILENT_ATTEMPTS:
+                return  # it may only be stopped; what came will be in its answer
+            else:
+                break
+        if batches or self._snapshot:
+            async for item in self._start_over(batches):
                 yield item
+
+    async def _start_over(self, batches: dict[int, bytes]) -> AsyncIterator[Update | Lost]:
+        """What is missing cannot be had: yield that nothing holds any more, and the whole cache if it can be had, or
+        else what is left."""
+        if self._next:  # not the oldest ones of a worker that has run for long
+            log.warning("%s: events from %d on cannot be had", self._events, self._next)
+        yield Lost()
         if not self._snapshot:
             self._next = min(batches)
-            yield Lost()
-        for item in self._take_all(batches):
-            yield item
+        async for update in self._read_snapshot():
+            yield update
+        for update in self._take_all(batches):
+            yield update
 
-    async def _replayed(self, replay: zmq.asyncio.Socket) -> dict[int, bytes]:
-        """Ask for everything from the next batch on, and return what comes."""
+    async def _ask(self, replay: zmq.asyncio.Socket) -> tuple[dict[int, bytes], bool]:
+        """Ask for everything from the next batch on. Return what comes, and whether it came to its end."""
         batches: dict[int, bytes] = {}
         while await replay.poll(0):  # the rest of an earlier answer
             await replay.recv_multipart()
         await replay.send_multipart([b"", self._next.to_bytes(8, "big")])
         while await replay.poll(REPLAY_SECONDS * 1000):
-            number, payload = (await replay.recv_multipart())[-2:]  # SGLang from 0.5.23 on puts the topic before them
+            self._silent = 0
+            *_, number, payload = await replay.recv_multipart()  # SGLang from 0.5.23 on puts the topic before them
             sequence = int.from_bytes(number, "big", signed=True)
             if sequence == END_OF_REPLAY:
-                self._silent = 0
-                return batches
+                return batches, True
             batches[sequence] = payload
-        self._silent += 1
-        if self._silent in (1, SILENT_ATTEMPTS):
-            log.warning("%s does not answer", self._replay)
-        return batches
+        if not batches:
+            self._silent += 1
+            if self._silent == 1:
+                log.warning("%s does not answer", self._replay)
+        return batches, False
 
-    async def _start_over(self, snapshot: Snapshot) -> AsyncIterator[Update | Lost]:
-        """Yield that nothing holds any more, and then the whole cache."""
-        yield Lost()
-        async for item in self._read(snapshot):
-            yield item
-
-    async def _read(self, snapshot: Snapshot) -> AsyncIterator[Update]:
+    async def _read_snapshot(self) -> AsyncIterator[Update]:
         """Yield the whole cache, as the worker itself knows it."""
-        try:
-            async for part in snapshot():
+        if self._snapshot:
+            async for part in self._snapshot():
                 self._next = part.sequence + 1
                 yield Update(part.sequence, list(part.chains), lag=None)
-        except PipelineError as error:
-            log.warning("%s: no snapshot of the cache, so only new blocks will be known: %s", self._events, error)
-            self._snapshot = None
 
-    def _take_all(self, batches: dict[int, bytes]) -> Iterator[Update | Lost]:
+    def _take_all(self, batches: dict[int, bytes]) -> Iterator[Update]:
         """Give out the batches that are next, and leave those that are beyond a gap."""
         while self._next in batches:
             yield self._take(self._next, batches[self._next])
         for sequence in [sequence for sequence in batches if sequence < self._next]:
             del batches[sequence]
 
-    def _take(self, sequence: int, payload: bytes) -> Update | Lost:
+    def _take(self, sequence: int, payload: bytes) -> Update:
+        """What a batch says. What this program does not understand is left out: the rest is true all the same."""
         self._next = sequence + 1
         try:
-            batch = self._decoder.decode(payload)
-            changes = list(map(_change, batch.events))
-        except (msgspec.DecodeError, ValueError) as error:
-            log.error("%s: events that this program does not know (%s) are lost", self._events, error)
-            return Lost()
-        return Update(sequence, changes, lag=time.time() - batch.timestamp)
+            batch = self._batches.decode(payload)
+        except msgspec.DecodeError as error:
+            self._leave_out(error)
+            return Update(sequence, [], lag=None)
+        return Update(sequence, list(self._understood(batch.events)), lag=time.time() - batch.timestamp)
+
+    def _understood(self, events: Sequence[msgspec.Raw]) -> Iterator[Change]:
+        for event in events:
+            try:
+                yield _change(self._changes.decode(event))
+            except (msgspec.DecodeError, ValueError, OverflowError) as error:
+                self._leave_out(error)
+
+    def _leave_out(self, error: Exception) -> None:
+        self._left_out += 1
+        if self._left_out == 1:
+            log.error("%s: events that this program does not understand are left out: %s", self._events, error)
 
 
-def _change(event: BlockStored | BlockRemoved | AllBlocksCleared) -> Change:
-    """An event with block ids as the tree takes them, and the blocks' tokens hashed."""
+def _change(event: KvEvent) -> Change:
+    """An event with block ids without a sign, and the blocks' tokens hashed. Raises ValueError or OverflowError if it
+    makes no sense."""
     match event:
         case BlockStored():
             local_hashes = compute_block_hash_for_seq(event.token_ids, event.block_size)
             block_ids = [_unsigned(block_id) for block_id in event.block_hashes]
             if len(local_hashes) != len(block_ids):
                 raise ValueError(f"{len(block_ids)} blocks with tokens for {len(local_hashes)}")
+            if len(set(block_ids)) < len(block_ids):
+                raise ValueError("a block comes after itself")
             parent_id = None if event.parent_block_hash is None else _unsigned(event.parent_block_hash)
             return StoredBlocks(parent_id=parent_id, block_ids=block_ids, local_hashes=local_hashes)
         case BlockRemoved():

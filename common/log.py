@@ -3,13 +3,15 @@
 import argparse
 import json
 import logging
-import os
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+from common import tracing
+
+from dynamo.runtime import Context
 
 LINES_PER_SECOND = 20  # about requests, unless --log-level is debug
 
@@ -27,7 +29,7 @@ def set_up(level: str, form: str = "text") -> None:
 
     Our loggers get a handler of their own: SGLang resets the root's.
     """
-    program = os.path.basename(sys.argv[0]).removesuffix(".py")
+    program = tracing.program()
     handler = logging.StreamHandler()
     handler.setFormatter(_Json(program) if form == "json" else _Text(program))
     if level != "debug":
@@ -39,14 +41,29 @@ def set_up(level: str, form: str = "text") -> None:
         logger.propagate = False
 
 
+def request_id(context: Context) -> str:
+    """The id that the caller knows the request by."""
+    return context.metadata.get("x-request-id") or context.id()
+
+
+def names(context: Context) -> str:
+    """How a line of the log names a request: by its id, and its trace if it is part of one."""
+    return _pairs(_named(context))
+
+
+def _named(context: Context) -> dict[str, object]:
+    trace = tracing.trace_id(context)
+    return {"request_id": request_id(context), **({"trace_id": trace} if trace else {})}
+
+
 def log_request(
-    log: logging.Logger, request_id: str, what: str = "", *, level: int = logging.INFO, **fields: object
+    log: logging.Logger, context: Context, what: str = "", *, level: int = logging.INFO, **fields: object
 ) -> None:
     """Write the one line that a stage has for a request: `what`, and fields that programs can read too. Those that are
     None are left out."""
     if not log.isEnabledFor(level):
         return
-    known = {"request_id": request_id} | {name: value for name, value in fields.items() if value is not None}
+    known = _named(context) | {name: value for name, value in fields.items() if value is not None}
     log.log(level, "%s", " ".join(filter(None, (what, _pairs(known)))), extra={"fields": known, "what": what})
 
 

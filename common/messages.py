@@ -288,7 +288,7 @@ class CacheSnapshot(Message):
     """Part of a worker's KV cache. All parts of one answer are of the same moment."""
 
     sequence: int  # of the last batch of KV events that is in it; -1 if none
-    chains: list[StoredBlocks]  # parents before their children
+    chains: list[StoredBlocks]
 
 
 CACHE = EndpointSpec("engine", "cache", SnapshotRequest, CacheSnapshot)
@@ -451,7 +451,7 @@ class KvEventBatch(msgspec.Struct, array_like=True):
     """What changed in a worker's KV cache in one step of its scheduler."""
 
     timestamp: float
-    events: list[KvEvent]
+    events: list[msgspec.Raw]  # of KvEvent, read one by one, so that one that nobody knows does not spoil the others
     dp_rank: int | None = None
 
 

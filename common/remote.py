@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import random
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Generic
 
+from common import tracing
 from common.errors import Cancelled, Internal, InvalidRequest, PipelineError, Unavailable, Unreachable, from_exception
 from common.messages import Answer, EndpointSpec, Failure, Request
 
@@ -104,7 +106,7 @@ class Remote(Generic[Request, Answer]):
         """Send `request`, hand out the first message of the answer, and keep the stream open for as long as the block
         runs: the other side sees when it ends, however it ends. Raises PipelineError as `stream` does.
 
-        parent: the request on whose behalf this is; its metadata goes along.
+        parent: the request on whose behalf this is; its metadata and its trace go along.
         retry_seconds: how long to go on asking while nobody answers: a program that was restarted is back by then. One
         that was killed with our request in its hands never answers, so each attempt gets a part of it.
         """
@@ -114,11 +116,12 @@ class Remote(Generic[Request, Answer]):
             if parent and parent.is_stopped():
                 raise Cancelled("the caller went away")
             began = now()
-            context = Context(metadata=dict(parent.metadata) if parent else None)
+            context = parent.detached(uuid.uuid4().hex) if parent else Context()
             items = self.stream(request, context, None if instance_id is None else [instance_id])
             try:
                 try:
-                    first = await self._within(retry_seconds / ATTEMPTS, anext(items))
+                    with tracing.span(self.spec.name, context, kind="client"):
+                        first = await self._within(retry_seconds / ATTEMPTS, anext(items))
                 except StopAsyncIteration:
                     raise Internal(f"{self.spec.path} answered nothing") from None
                 except Unreachable:

@@ -177,7 +177,8 @@ class Launcher:
         args = self._args
         count = args.engines * len(args.models)
         found = subprocess.getoutput("nvidia-smi -L").splitlines() if args.backend == "sglang" else []
-        gpus = min(sum(line.startswith("GPU ") for line in found), count)
+        devices = visible_devices(sum(line.startswith("GPU ") for line in found))
+        gpus = min(len(devices), count)
         rows: list[list[Part]] = [[] for _ in range(gpus or count)]
         for number in range(count):
             own = {**args.models[number // args.engines], "worker_id": number, "host": None}
@@ -185,7 +186,7 @@ class Launcher:
                 own["gpu_memory_fraction"] = round(GPU_SHARE / len(range(number, count, gpus)), 3)
             part = self._program(f"engine {number}", f"serving {GENERATE.path} ", own)
             if gpus:
-                part.environment = {**part.environment, "CUDA_VISIBLE_DEVICES": str(number % gpus)}
+                part.environment = {**part.environment, "CUDA_VISIBLE_DEVICES": devices[number % gpus]}
             rows[number % len(rows)].append(part)
         return rows
 
@@ -202,6 +203,10 @@ class Launcher:
             stage.environment = {**self._with_system_port(args.stage.stem), "PYTHONPATH": path}
             parts.append(stage)
         parts += [self._program(name, "listening on", own) for name in names("frontend", args.frontends)]
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) >= len(parts) + args.engines * len(args.models):  # one for each, and some for engines and servers
+            for part, core in zip(parts, cores, strict=False):
+                part.environment = {**part.environment, service.CORE: str(core)}
         return [[part] for part in parts]
 
     def _program(self, name: str, ready_text: str, own: Mapping[str, Any] | None = None) -> Part:
@@ -310,6 +315,13 @@ class Launcher:
         if self._parts:
             shutil.rmtree(self._data, ignore_errors=True)
             say("everything has ended")
+
+
+def visible_devices(count: int) -> list[str]:
+    """The GPUs to use, as CUDA names them: all of `count`, or those that the environment says."""
+    if (said := os.environ.get("CUDA_VISIBLE_DEVICES")) is None or not count:
+        return [str(number) for number in range(count)]
+    return [name.strip() for name in said.split(",") if name.strip() not in ("", "-1")]
 
 
 def scraping(ports: Mapping[str, int]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Announcement:
             self._sequence = item.sequence
 
     async def snapshot(self, request: SnapshotRequest, context: Context) -> AsyncIterator[CacheSnapshot]:
-        """Yield the whole account in parts; parents come before their children."""
+        """Yield the whole account in parts."""
         sequence, account = self._sequence, self._account.copy()
         chains = await asyncio.to_thread(lambda: list(account.chains(PART_BLOCKS)))
         part, blocks = list[StoredBlocks](), 0

@@ -16,6 +16,7 @@ import zmq
 import zmq.asyncio
 
 KEPT_BATCHES = 10_000  # batches kept for replay, as in SGLang
+QUEUED_BATCHES = 100_000  # batches that wait for a slow reader before it loses some, as in SGLang
 
 
 class KvEventPublisher:
@@ -30,6 +31,7 @@ class KvEventPublisher:
         self._live, self._replay = context.socket(zmq.PUB), context.socket(zmq.ROUTER)
         for socket, address in ((self._live, info.kv_events), (self._replay, info.kv_replay)):
             socket.set(zmq.LINGER, 0)
+            socket.set(zmq.SNDHWM, QUEUED_BATCHES)
             socket.bind(f"tcp://*:{port_of(address)}")
 
     async def publish_stored(
@@ -52,7 +54,8 @@ class KvEventPublisher:
 
     async def publish(self, *events: KvEvent) -> None:
         """Send what changed in one step, and keep it for those who missed it."""
-        payload = msgspec.msgpack.encode(KvEventBatch(timestamp=time.time(), events=list(events)))
+        encoded = [msgspec.Raw(msgspec.msgpack.encode(event)) for event in events]
+        payload = msgspec.msgpack.encode(KvEventBatch(timestamp=time.time(), events=encoded))
         number, self._next = self._next, self._next + 1
         self._kept.append((number, payload))
         await self._live.send_multipart([b"kv-events", number.to_bytes(8, "big"), payload])

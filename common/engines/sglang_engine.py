@@ -26,7 +26,6 @@ from common.messages import (
     Usage,
     WorkerInfo,
 )
-from common.service import request_id
 
 from dynamo.llm import (
     KvEventPublisher,
@@ -46,6 +45,7 @@ TOPIC = "kv-events"
 CPU_CACHE_BYTES = 2**30  # memory for the KV cache of an engine on a CPU
 CPU_CACHE_TOKENS = 65536  # at most, which is a lot for what a CPU can serve
 CPU_REQUESTS = 16  # decoded together; more only take each other's time
+HEAD_WIDTHS = (64, 128, 256)  # that the kernels take which SGLang chooses on most GPUs; Triton's take any
 RESERVED_BLOCKS = 4  # that a request must leave over in SGLang's KV cache, or 0.5.21 never schedules it
 DISPATCH_SECONDS = 0.05  # between looks whether SGLang's scheduler has a request
 
@@ -113,7 +113,7 @@ class SglangEngine:
                 kv_events_config=json.dumps(kv_events),
                 load_publish_endpoint=f"tcp://*:{load}",
                 log_level="error" if cpu else "warning",  # the stand-ins make it warn of models that need more
-                **(_cpu_options(model_path) if cpu else _gpu_options(gpu_memory_fraction)),
+                **(_cpu_options(model_path) if cpu else _gpu_options(model_path, gpu_memory_fraction)),
             )
         cache_tokens = engine._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"]
         info = WorkerInfo(
@@ -128,6 +128,11 @@ class SglangEngine:
         )
         _keep_sigterm(engine.tokenizer_manager, on_sigterm)
         return cls(engine, model_path, info, seeded=cpu or deterministic, min_p=cpu or not deterministic)
+
+    async def warm_up(self) -> None:
+        """Have a token made: SGLang compiles some kernels only for its first one, which takes seconds on a GPU."""
+        params = {"max_new_tokens": 2, "ignore_eos": True}
+        await self._engine.async_generate(input_ids=[0], sampling_params=params)
 
     async def generate(self, request: GenerateRequest, context: Context) -> AsyncGenerator[EngineOutput]:
         """Yield the answer's tokens as they are made. Stopping `context` aborts the request in SGLang."""
@@ -155,7 +160,7 @@ class SglangEngine:
                     if output.finish_reason:
                         tokens = chunk["meta_info"].get("completion_tokens", 0)
                         reason = output.finish_reason
-                        log_request(log, request_id(context), finish_reason=reason, completion_tokens=tokens)
+                        log_request(log, context, finish_reason=reason, completion_tokens=tokens)
                         yield output
                         return
                     yield output
@@ -310,17 +315,31 @@ def _keep_sigterm(manager: Any, on_sigterm: Callable[[], None]) -> None:
     manager.signal_handler_class = Handler
 
 
-def _gpu_options(memory_fraction: float | None) -> dict[str, Any]:
-    return {} if memory_fraction is None else {"mem_fraction_static": memory_fraction}
+def _gpu_options(model_path: str, memory_fraction: float | None) -> dict[str, Any]:
+    options: dict[str, Any] = {} if memory_fraction is None else {"mem_fraction_static": memory_fraction}
+    _, width = _attention_heads(model_path)
+    if width not in HEAD_WIDTHS:
+        options["attention_backend"] = "triton"
+    return options
+
+
+def _text_config(model_path: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model_path).get_text_config()
+
+
+def _attention_heads(model_path: str) -> tuple[int, int]:
+    """How many heads have keys and values of their own, and how many numbers each has."""
+    config = _text_config(model_path)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _cpu_options(model_path: str) -> dict[str, Any]:
     """What makes SGLang run without a GPU. float32, because its sums come out the same whatever runs beside them."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_path).get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config = _text_config(model_path)
+    heads, width = _attention_heads(model_path)
     bytes_per_token = config.num_hidden_layers * heads * width * 2 * 4  # keys and values, of four bytes
     return {
         "device": "cpu",

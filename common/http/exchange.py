@@ -11,8 +11,10 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from typing import NamedTuple, Protocol
 from urllib.parse import quote
 
+from common import tracing
 from common.errors import Cancelled, Internal, InvalidRequest, NotFound, PipelineError, Unavailable
-from common.log import log_request
+from common.http.runtime_parent import RuntimeParent
+from common.log import log_request, names
 from common.messages import Usage
 from common.openai_api import ChatCompletionChunk, Routing
 from common.openai_request import GenerationRequest, explain
@@ -28,6 +30,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger(__name__)
 
 MAX_NAMES, MAX_NAME = 20, 40  # ignored fields that a header names, and characters of each
+ANSWER_HEADERS = [
+    *("x-request-id", "x-trace-id", "x-worker-id", "x-kv-overlap-blocks", "x-ignored-fields", "retry-after"),
+]
 METADATA = ("x-session-id", "x-priority")  # headers that go along to every stage
 
 
@@ -72,10 +77,12 @@ class Exchange:
         except InvalidRequest as error:
             self.error = error
         metadata = {name: self.headers[name] for name in METADATA if name in self.headers}
+        if traceparent := tracing.checked_traceparent(self.headers.get("traceparent", "")):
+            metadata["traceparent"] = traceparent
         self.context = Context(context_id, {"x-request-id": self.request_id, **metadata})
         self.send = send
         self.path: str = scope["path"]
-        self._what = f"{scope['method']} {scope['raw_path'].decode('latin-1')}"  # encoded, so of one line
+        self.what = f"{scope['method']} {scope['raw_path'].decode('latin-1')}"  # encoded, so of one line
         self._observers = observers
         self.began = time.perf_counter()
         self.first: float | None = None  # when the first chunk came
@@ -98,6 +105,14 @@ class Exchange:
         """The one that a request belongs to."""
         exchange: Exchange = request.scope["exchange"]
         return exchange
+
+    @property
+    def names(self) -> list[tuple[bytes, bytes]]:
+        """The response headers that say which request and which trace this is."""
+        names = [(b"x-request-id", self.request_id.encode("ascii"))]
+        if trace := tracing.trace_id(self.context):
+            names.append((b"x-trace-id", trace.encode("ascii")))
+        return names
 
     @property
     def answer_headers(self) -> dict[str, str]:
@@ -172,8 +187,8 @@ class Exchange:
         details = usage.prompt_tokens_details if usage else None
         log_request(
             log,
-            self.request_id,
-            self._what,
+            self.context,
+            self.what,
             status=self.status,
             worker=routing and routing.worker_id,
             overlap_blocks=routing and routing.overlap_blocks,
@@ -204,24 +219,40 @@ class Exchanges:
     out through `Exchange.send`.
     """
 
-    def __init__(self, app: FastAPI, in_progress: InProgress, observers: Sequence[Observer] = ()) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        in_progress: InProgress,
+        observers: Sequence[Observer] = (),
+        runtime_parent: RuntimeParent | None = None,
+    ) -> None:
         self._app = app
         self._in_progress = in_progress
         self._observers = observers
+        self._runtime_parent = runtime_parent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         exchange = scope["exchange"] = Exchange(scope, send, self._observers)
+        # What only looks, and may do so every second, is not worth a trace.
+        with tracing.span(exchange.what, exchange.context, kind="server", root=scope["method"] == "POST") as stage:
+            if self._runtime_parent:
+                exchange.context = await self._runtime_parent.given(exchange.context, stage)
+            await self._answer(exchange, scope, receive, send)
+            attributes = {"http.request.method": scope["method"], "http.response.status_code": exchange.status}
+            stage.note(request_id=exchange.request_id, **attributes)
+            stage.fail(exchange.error)
 
+    async def _answer(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", exchange.request_id.encode("ascii"))]
+                message["headers"] = [*message["headers"], *exchange.names]
             await send(message)
 
         app: ASGIApp = error_response(exchange.error) if isinstance(exchange.error, PipelineError) else self._app
@@ -233,7 +264,7 @@ class Exchanges:
                 await app(scope, receive, send_with_id)
             except Exception as error:
                 exchange.error = error
-                log.exception("request_id=%s failed", exchange.request_id)
+                log.exception("%s failed", names(exchange.context))
             except asyncio.CancelledError as error:  # the server closes, and this is not done
                 exchange.error = error
                 if not started:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1  # between looks at who is registered, a list in memory that the runtime keeps up to date
 SETTLE_SECONDS = 3.0  # how long the first requests wait for the workers that are there to be taken in
+AGAIN_SECONDS = 1.0  # before another attempt to follow a cache
 ANNOUNCE_SECONDS = 2.0  # how long a new worker may take to announce itself before it is taken for a silent one
 
 
@@ -111,10 +112,19 @@ class Membership:
         def snapshot() -> AsyncIterator[CacheSnapshot]:
             return self._cache.stream(SnapshotRequest(), Context(), [worker.instance_id])
 
-        events = self._streams[worker.instance_id] = KvEventStream(info.kv_events, info.kv_replay, snapshot)
-        async for item, stored in self._fleet.index.follow(worker.instance_id, events):
-            worker.on_update(item)
-            worker.on_stored(stored)
+        while True:
+            events = self._streams[worker.instance_id] = KvEventStream(info.kv_events, info.kv_replay, snapshot)
+            try:
+                async for item, stored in self._fleet.index.follow(worker.instance_id, events):
+                    worker.on_update(item)
+                    worker.on_stored(stored)
+            except PipelineError as error:
+                log.warning("worker %s gives no snapshot of its cache yet: %s", worker.name, error)
+            except Exception:
+                log.exception("the cache of worker %s is read again from the beginning", worker.name)
+            # Nothing is known of its cache now, which is no reason to give it no work.
+            self._fleet.index.clear(worker.instance_id)
+            await asyncio.sleep(AGAIN_SECONDS)
 
     async def _follow_load(self, worker: Worker, info: WorkerInfo) -> None:
         async for stat in load_stats(info.load):

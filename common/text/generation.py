@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
+from common import tracing
 from common.errors import InvalidRequest
 from common.events import Teller
 from common.messages import (
@@ -73,6 +74,30 @@ class Generation:
         """Take in what a worker says."""
         self.tokens += output.token_ids
         self.finished = output.finish_reason is not None
+
+    def traced(self, outputs: AsyncGenerator[EngineOutput], context: Context) -> AsyncGenerator[EngineOutput]:
+        """The same outputs of a worker, as spans: its attempt, and in that what comes before and after the first."""
+        return self._traced(outputs, context) if tracing.on() else outputs
+
+    async def _traced(self, outputs: AsyncGenerator[EngineOutput], context: Context) -> AsyncGenerator[EngineOutput]:
+        assert self.decision
+        name, before = "migration" if self.failed else "generate", self.generated
+        worker, overlap = self.decision.worker_id, self.decision.overlap_blocks
+        with tracing.span(name, context, kind="client", worker=worker, overlap_blocks=overlap) as attempt:
+            attempt.note(prompt_tokens=self.prompt_tokens, tokens_before=before)
+            async with aclosing(outputs):
+                # The request goes out with the first question, and is to hang below the attempt.
+                with tracing.span("queue and prefill", context, leaf=True):
+                    first = await anext(outputs, None)
+                if first is None:
+                    return
+                with tracing.span("decode", context, leaf=True) as decode:
+                    try:
+                        yield first
+                        async for output in outputs:
+                            yield output
+                    finally:
+                        decode.note(tokens=self.generated - before)
 
     def limit(self, context_length: int) -> int:
         """How many tokens the answer may have. Raises InvalidRequest if the context does not hold them."""

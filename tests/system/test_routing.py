@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,10 @@ from common.routing.policy import POLICIES
 from tests.system.conftest import Cluster, Pipeline, Process, until
 
 import httpx
+import psutil
 import pytest
+
+PAUSE = 14.0  # seconds: longer than anything here waits for an answer
 
 
 def lines(process: Process) -> list[dict[str, Any]]:
@@ -76,6 +80,42 @@ def test_the_index_becomes_the_cache_of_the_mocker_whatever_the_network_does(clu
     assert report["dropped"] > 10
     assert report["removed"] > 0
     assert report["blocks"] > 100
+
+
+def test_a_pause_of_sglang_s_scheduler_takes_nothing_from_what_is_known_of_its_cache(pipeline: Pipeline) -> None:
+    overlaps(pipeline, [f"{number}: " + "before the pause, " * 40 for number in range(8)])
+    before = {worker["worker_id"]: worker["cached_blocks"] for worker in router_workers(pipeline)}
+    assert min(before.values()) > 0
+    schedulers = [
+        child
+        for process in pipeline.processes
+        if process.log.stem.startswith("engine-")
+        for child in psutil.Process(process.popen.pid).children(recursive=True)
+        if child.cmdline()[:1] == ["sglang::scheduler"]
+    ]
+    assert len(schedulers) == 2
+    for scheduler in schedulers:
+        scheduler.suspend()
+    time.sleep(PAUSE)
+    for scheduler in schedulers:
+        scheduler.resume()
+    late = pipeline.start("router", name="late")
+
+    def both_know_as_much() -> bool:
+        caches = cached_blocks(pipeline)
+        return len(caches) == 2 and all(cache.get(name, 0) >= before[name] for cache in caches for name in before)
+
+    until(both_know_as_much, "the caches at both routers")
+    late.signal()
+    assert late.exit_code() == 0
+    pipeline.wait_for_instances(router=1)
+
+
+def cached_blocks(pipeline: Pipeline) -> list[dict[str, int]]:
+    """By router and worker, how many blocks the worker has."""
+    with pipeline.client() as client:
+        routers = client.get("/workers").json()["routers"]
+    return [{worker["worker_id"]: worker["cached_blocks"] for worker in router["workers"]} for router in routers]
 
 
 def overlaps(pipeline: Pipeline, prompts: list[str]) -> list[tuple[str, int]]:

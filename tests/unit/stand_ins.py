@@ -61,8 +61,11 @@ class LocalClient:
 
 
 def tree_blocks(index: PrefixIndex, instance_id: int) -> set[int]:
-    """The ids of the blocks that the index's tree has for a worker."""
+    """The ids of a worker's blocks that prompts can reach, which the index's tree has, and no others."""
     events = [
         event for event in map(json.loads, index._tree.dump_tree_as_events()) if event["worker_id"] == instance_id
     ]
-    return {block["block_hash"] for event in events for block in event["event"]["data"]["stored"]["blocks"]}
+    nodes = {block["block_hash"] for event in events for block in event["event"]["data"]["stored"]["blocks"]}
+    hashes = index._caches[instance_id].hashes if instance_id in index._caches else {}
+    assert nodes == {sequence_hash % 2**64 for sequence_hash in hashes.values()}
+    return set(hashes)

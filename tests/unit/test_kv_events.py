@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from common import kv_events
+from common.engines import publisher as engine_publisher
 from common.engines.announcement import Announcement
 from common.engines.ports import free_ports
 from common.engines.publisher import KvEventPublisher, publish_load
@@ -171,15 +172,40 @@ def test_a_gap_that_cannot_be_filled_is_said() -> None:
     play(scenario, keeps=2)
 
 
-def test_events_that_nobody_knows_are_lost_ones() -> None:
+def test_a_batch_that_nobody_understands_is_left_out() -> None:
     async def scenario(publisher: Publisher, reader: Reader) -> None:
         await publisher.send()
         assert await reader.read(1) == [0]
         await publisher.garble()
         await publisher.send()
-        assert await reader.read(2) == ["lost", 2]
+        assert await reader.read(2) == [1, 2]
 
     play(scenario)
+
+
+def test_of_a_batch_what_can_be_understood_is_taken() -> None:
+    class Unheard(msgspec.Struct, tag="Unheard"):
+        of: int
+
+    async def run() -> None:
+        publisher = Publisher(keeps=10)
+        odd: list[Any] = [
+            Unheard(of=1),
+            BlockStored(block_hashes=[1], parent_block_hash=None, token_ids=[-1], block_size=1),
+            BlockStored(block_hashes=[1], parent_block_hash=None, token_ids=[1], block_size=0),
+            BlockStored(block_hashes=[1, 2], parent_block_hash=None, token_ids=[1], block_size=1),
+            BlockStored(block_hashes=[1, 1], parent_block_hash=None, token_ids=[1, 1], block_size=1),
+            BlockStored(block_hashes=[1], parent_block_hash=None, token_ids=[(1, 2)], block_size=1),  # type: ignore
+        ]
+        publisher.events = [BlockRemoved(block_hashes=[5]), *odd, BlockRemoved(block_hashes=[6])]
+        async with aclosing(KvEventStream(publisher.live, publisher.replay).__aiter__()) as items:  # type: ignore[type-var]
+            await publisher.send()
+            update = await asyncio.wait_for(anext(items), 30)
+        publisher.close()
+        assert isinstance(update, Update)
+        assert update.changes == [RemovedBlocks([5]), RemovedBlocks([6])]
+
+    asyncio.run(run())
 
 
 def test_many() -> None:
@@ -191,6 +217,23 @@ def test_many() -> None:
         assert await reader.read(count) == list(range(count))
 
     play(scenario)
+
+
+def test_sockets_that_drop_what_is_too_much_at_once_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Live events beyond the high water mark are dropped, and so are the middle and the end of a long answer."""
+    monkeypatch.setattr(engine_publisher, "QUEUED_BATCHES", 50)
+    monkeypatch.setattr(kv_events, "REPLAY_SECONDS", 0.1)
+    count = 1500
+
+    async def scenario(publisher: Publisher, reader: Reader) -> None:
+        publisher.events = [BlockRemoved(block_hashes=list(range(2000)))]  # so large that the system's buffers fill too
+        await publisher.send()
+        assert await reader.read(1) == [0]
+        for _ in range(count):
+            await publisher.send()
+        assert await reader.read(count) == list(range(1, count + 1))
+
+    play(scenario, keeps=count + 1)
 
 
 def snapshots(publisher: Publisher) -> Snapshot:
@@ -209,6 +252,12 @@ def no_snapshots(publisher: Publisher) -> Snapshot:
         yield
 
     return snapshot
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a second pass in a fiftieth of one."""
+    for name in ("IDLE_SECONDS", "REPLAY_SECONDS"):
+        monkeypatch.setattr(kv_events, name, 0.02)
 
 
 def test_with_a_snapshot_a_late_reader_begins_there() -> None:
@@ -234,13 +283,12 @@ def test_with_a_snapshot_a_gap_that_cannot_be_filled_is_bridged() -> None:
     play(scenario, keeps=1, snapshot=snapshots)
 
 
-def test_without_the_snapshot_that_was_hoped_for_it_begins_with_what_there_is() -> None:
+def test_without_the_snapshot_that_it_needs_it_ends() -> None:
     async def scenario(publisher: Publisher, reader: Reader) -> None:
-        for _ in range(5):
-            await publisher.send()
-        assert await reader.read(3) == ["lost", 3, 4]
+        with pytest.raises(Unavailable, match="not now"):
+            await reader.read(1)
 
-    play(scenario, keeps=2, snapshot=no_snapshots)
+    play(scenario, snapshot=no_snapshots)
 
 
 def test_block_ids_come_without_a_sign_and_hashed_tokens() -> None:
@@ -291,18 +339,54 @@ def equal(index: PrefixIndex, cache: Collection[tuple[int, ...]]) -> bool:
     return block_ids == {hash(prefix) % 2**64 for prefix in cache} and index.blocks(1) == len(block_ids)
 
 
-def test_of_a_worker_that_no_longer_answers_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"IDLE_SECONDS": 0.05, "REPLAY_SECONDS": 0.05, "SILENT_ATTEMPTS": 3}.items():
-        monkeypatch.setattr(kv_events, name, value)
+def test_a_worker_that_stops_for_a_while_has_lost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+    async def scenario(publisher: Publisher, reader: Reader) -> None:
+        await publisher.send()
+        assert await reader.read(1) == [0]
+        publisher.fall_silent()
+        reading = asyncio.create_task(reader.read(4))
+        await asyncio.sleep(0.4)
+        for lost in (True, True, False):
+            await publisher.send(lost=lost)
+        await asyncio.sleep(0.1)
+        publisher.answer_again()
+        await asyncio.sleep(0.1)
+        await publisher.send()
+        assert await reading == [1, 2, 3, 4]
+
+    play(scenario)
+
+
+def test_what_a_worker_will_never_send_again_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+    async def scenario(publisher: Publisher, reader: Reader) -> None:
+        await publisher.send()
+        assert await reader.read(1) == [0]
+        publisher.fall_silent()
+        await publisher.send(lost=True)
+        reading = asyncio.create_task(reader.read(2))
+        while not reading.done():
+            await publisher.send()
+            await asyncio.sleep(0.01)
+        lost, following = await reading
+        assert lost == "lost"
+        assert isinstance(following, int)
+
+    play(scenario)
+
+
+def test_a_worker_whose_events_do_not_come_is_known_by_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
 
     async def scenario(publisher: Publisher, reader: Reader) -> None:
         await publisher.send()
         assert await reader.read(2) == [0, 0]
         publisher.fall_silent()
-        assert await reader.read(1) == ["lost"]
         await publisher.send(lost=True)
-        publisher.answer_again()
-        assert (await reader.read(4))[-3:] == ["lost", 1, 1]
+        assert await reader.read(3) == ["lost", 1, 1]
 
     play(scenario, snapshot=snapshots)
 

@@ -10,6 +10,9 @@ from typing import Any
 from common import log as logs
 
 import pytest
+from dynamo.runtime import Context
+
+MINE = Context("x", {"x-request-id": "mine"})
 
 
 @pytest.fixture
@@ -41,8 +44,8 @@ def test_a_line_says_when_how_bad_and_who(logger: logging.Logger, monkeypatch: p
 
 def test_a_request_is_pairs_of_names_and_values(logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = written(monkeypatch)
-    logs.log_request(logger, "mine", "GET /x", worker="0", overlap=3, none=None)
-    logs.log_request(logger, "mine", worker="my own", error="no")
+    logs.log_request(logger, MINE, "GET /x", worker="0", overlap=3, none=None)
+    logs.log_request(logger, MINE, worker="my own", error="no")
     first, second = stream.getvalue().splitlines()
     assert first.endswith(" router: GET /x request_id=mine worker=0 overlap=3")
     assert second.endswith(' router: request_id=mine worker="my own" error="no"')
@@ -53,7 +56,7 @@ def test_no_value_can_look_like_a_line_or_field_of_its_own(
     value: str, logger: logging.Logger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = written(monkeypatch)
-    logs.log_request(logger, "mine", worker=value)
+    logs.log_request(logger, MINE, worker=value)
     (line,) = stream.getvalue().splitlines()
     assert json.loads(line.partition("worker=")[2]) == value
     assert line.isascii()
@@ -61,7 +64,7 @@ def test_no_value_can_look_like_a_line_or_field_of_its_own(
 
 def test_json_has_an_object_a_line(logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = written(monkeypatch, form="json")
-    logs.log_request(logger, "mine", "GET /x", overlap=3)
+    logs.log_request(logger, MINE, "GET /x", overlap=3)
     logger.info("worker %s left", "0")
     try:
         raise ValueError("no")
@@ -100,7 +103,7 @@ class TestUnderLoad:
     def test_debug_has_them_all(self, logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
         stream = written(monkeypatch, level="debug")
         for _ in range(100):
-            logs.log_request(logger, "mine")
+            logs.log_request(logger, MINE)
         assert len(stream.getvalue().splitlines()) == 100
 
 

@@ -66,7 +66,37 @@ class TestPrefixIndex:
         index = PrefixIndex()
         assert index.apply(1, stored(HASHES[1:], [11, 12], parent_id=10)) == []
         assert index.overlaps(HASHES) == {}
-        assert index.blocks(1) == 0
+        assert index.blocks(1) == 2
+        index.apply(1, stored(HASHES[:1], [10]))
+        assert index.overlaps(HASHES) == {1: 3}
+
+    def test_what_follows_a_removed_block_is_there_again_when_that_is(self) -> None:
+        index = PrefixIndex()
+        index.apply(1, stored(HASHES, [10, 11, 12]))
+        index.apply(1, RemovedBlocks([11]))
+        assert index.overlaps(HASHES) == {1: 1}
+        index.apply(1, stored(HASHES[1:2], [11], parent_id=10))
+        assert index.overlaps(HASHES) == {1: 3}
+
+    def test_blocks_are_removed_in_any_order(self) -> None:
+        index = PrefixIndex()
+        index.apply(1, stored(HASHES, [10, 11, 12]))
+        for left, block_id in ((2, 10), (1, 12), (0, 11)):
+            index.apply(1, RemovedBlocks([block_id]))
+            assert index.overlaps(HASHES) == {}
+            assert index.blocks(1) == left
+
+    def test_the_same_tokens_may_have_two_names(self) -> None:
+        """With a cache salt or an adapter; another worker may have names of its own anyway."""
+        index = PrefixIndex()
+        index.apply(1, stored(HASHES, [10, 11, 12]))
+        index.apply(1, stored(HASHES, [20, 21, 22]))
+        index.apply(2, stored(HASHES, [30, 31, 32]))
+        index.apply(1, RemovedBlocks([10, 11, 12]))
+        assert index.overlaps(HASHES) == {1: 3, 2: 3}
+        index.apply(2, RemovedBlocks([32]))
+        index.apply(1, RemovedBlocks([21, 22]))
+        assert index.overlaps(HASHES) == {1: 1, 2: 2}
 
     def test_removed_blocks_are_gone(self) -> None:
         index = PrefixIndex()

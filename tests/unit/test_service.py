@@ -10,8 +10,9 @@ from typing import Any, cast
 
 from common import service as service_module
 from common.errors import Cancelled, Internal, InvalidRequest, PipelineError, StartupError, Unavailable
+from common.log import request_id
 from common.messages import EndpointSpec, Failure, Message, TokenMessage
-from common.service import Service, first_of, parser, request_id, run
+from common.service import Service, first_of, parser, run
 
 import pytest
 from dynamo.runtime import Context, DistributedRuntime

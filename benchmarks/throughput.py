@@ -26,7 +26,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -71,6 +73,17 @@ FULL = {"alternations": 5, "seconds": 5.0, "loads": EVERY}
 SHORT = {"alternations": 1, "seconds": 2.0, "loads": [("simulated", [1, 16]), ("sglang", [4])]}
 
 
+@dataclass(slots=True, frozen=True)
+class Side:
+    """What takes turns before the engines."""
+
+    name: str
+    commands: Callable[[int, Path], dict[str, list[str]]]  # by program, for a port and a model
+    environment: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None  # what clients call simulated engines' model, if not by its folder
+    beside: Callable[[int], AbstractContextManager[object]] = lambda port: nullcontext()  # what runs as long as it does
+
+
 class Benchmark:
     """Runs the turns."""
 
@@ -85,8 +98,8 @@ class Benchmark:
         prompts = Prompts(ChatModel(str(self._simulated), self._source.name))
         self._filler = prompts.text(TraceRequest(arrival=0.0, pieces=((0, LONG_TOKENS),), output_tokens=ANSWER_TOKENS))
 
-    def run(self, engines: str, points: Sequence[Point]) -> list[Turn]:
-        """Both sides' turns with one kind of engines."""
+    def run(self, engines: str, points: Sequence[Point], sides: Sequence["Side"]) -> list[Turn]:
+        """All sides' turns with one kind of engines."""
         self._model = self._source if engines == "sglang" else self._simulated
         nats, client, peer = free_ports(3)
         self._servers = {"NATS_SERVER": f"nats://127.0.0.1:{nats}", "ETCD_ENDPOINTS": f"http://127.0.0.1:{client}"}
@@ -98,30 +111,30 @@ class Benchmark:
         with self._parts.running(base, self._servers):
             for name in names:
                 self._parts.wait_for(name, f"serving {GENERATE.path} ")
-            sides = [OURS, THEIRS] * self._args.alternations
-            return [self._turn(engines, side, points) for side in sides]
+            return [self._turn(engines, side, points) for _ in range(self._args.alternations) for side in sides]
 
-    def _turn(self, engines: str, side: str, points: Sequence[Point]) -> Turn:
+    def _turn(self, engines: str, side: "Side", points: Sequence[Point]) -> Turn:
         (port,) = free_ports(1)
-        model = CARD_NAME if side == THEIRS and engines != "sglang" else self._model.name
-        commands = ours(port, self._model) if side == OURS else dynamo(port)
-        environment = self._servers if side == OURS else {**self._servers, "PYTHONPATH": str(DYNAMO), "DYN_LOG": "warn"}
-        with self._parts.running(commands, environment):
-            self._until_it_answers(side, port, model)
+        model = side.model or self._model.name
+        if side.model and engines == "sglang":  # which registers its own name
+            model = self._model.name
+        commands = side.commands(port, self._model)
+        with self._parts.running(commands, {**self._servers, **side.environment}), side.beside(port):
+            self._until_it_answers(side.name, port, model)
             make = partial(Load, port=port, model=model, tokens=ANSWER_TOKENS)
             connections, seconds = WARM_UP
             self._measure(make(connections=connections, seconds=seconds, seed=next(self._seeds)))
             results, memory = [], Counter[str]()
             for point in points:
-                self._progress.set_postfix_str(f"{point}: {side}")
+                self._progress.set_postfix_str(f"{point}: {side.name}")
                 load = make(connections=point.connections, seconds=self._args.seconds, seed=next(self._seeds))
                 load.filler = self._filler if point.load == "long" else ""
                 if engines == "sglang":  # the same prompts for both
                     load.seed, load.keep_texts = point.connections, True
-                results.append(self._result(point, side, load))
+                results.append(self._result(point, side.name, load))
                 memory |= {name: used for name, used in self._parts.memory().items() if name in commands}
                 self._progress.update()
-        return Turn(engines, side, dict(memory), results)
+        return Turn(engines, side.name, dict(memory), results)
 
     def _until_it_answers(self, side: str, port: int, model: str) -> None:
         """Return once a request gets as many tokens as it asks for. Raises SystemExit if that takes too long."""
@@ -194,6 +207,12 @@ def dynamo(port: int) -> dict[str, list[str]]:
     return {"dynamo.frontend": [sys.executable, "-m", "dynamo.frontend", *options]}
 
 
+SIDES = [
+    Side(OURS, ours),
+    Side(THEIRS, lambda port, _: dynamo(port), {"PYTHONPATH": str(DYNAMO), "DYN_LOG": "warn"}, CARD_NAME),
+]
+
+
 def servers(data: Path, nats: int, client: int, peer: int) -> dict[str, list[str]]:
     """etcd and NATS on these ports, with their data in a folder."""
     return {
@@ -239,7 +258,7 @@ def run_all(args: argparse.Namespace) -> list[Turn]:
         benchmark = Benchmark(args, Path(folder), progress)
         for engines in ENGINES:
             if here := [point for point in points if ENGINES_OF[point.load] == engines]:
-                turns += benchmark.run(engines, here)
+                turns += benchmark.run(engines, here, SIDES)
     return turns
 
 

@@ -130,8 +130,9 @@ class Feed:
         """
         if not self._watchers:
             return None
-        if (now := time.monotonic()) - self._second >= 1:
-            self._level = max(0, math.ceil(math.log2(max(self._requests, 1) / REQUESTS_PER_SECOND)))
+        if (elapsed := (now := time.monotonic()) - self._second) >= 1:
+            rate = max(self._requests / elapsed, 1.0)  # also of a second that was long ago: after a rest, all are told
+            self._level = max(0, math.ceil(math.log2(rate / REQUESTS_PER_SECOND)))
             self._second, self._requests = now, 0
         self._requests += 1
         if self._requests > REQUESTS_PER_SECOND << self._level:
@@ -153,8 +154,9 @@ class Feed:
         self._watchers.append(waiting)
         try:
             while not context.is_stopped():
-                yield Events(events=waiting.copy(), share=1 / (1 << self._level))
-                waiting.clear()
+                told = waiting.copy()
+                waiting.clear()  # before it is sent: what happens meanwhile is for the next message
+                yield Events(events=told, share=1 / (1 << self._level))
                 await first_of(context.async_killed_or_stopped(), self._stopped(), seconds=BATCH_SECONDS)
         finally:
             self._watchers.remove(waiting)

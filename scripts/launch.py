@@ -45,6 +45,15 @@ SYSTEM_PORT = 18000  # the first for metrics: the kernel hands out none so low, 
 SCRAPE_SECONDS = 2  # between two looks of Prometheus at all parts
 SAID = 90  # characters of what a part says while it starts, where that is no terminal
 QUESTION = "What does the router do, and how does it know which worker has my prompt cached?"
+# What --demo adds: two minutes on the page.
+TOUR = (
+    "Click one of the questions in the chat: a dot goes from frontend to processor to router and to an engine.",
+    "Ask another one: green squares are blocks of the conversation that an engine has cached, so it costs less there.",
+    'Read under "The last decisions" why each engine won, and click one for the life of its request.',
+    'Click "Send 20 like it": they share a beginning, so most of their blocks come from a cache.',
+    'Click "Send 20 different ones": nothing is cached, so they go to whoever has least to do.',
+    "Ask for something long, and kill the engine that answers: another one goes on in the middle of the answer.",
+)
 OURS = ("worker_id", "reuse_port")  # options of the programs that are not for the user to set
 LOCAL = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where this machine reaches a server that listens on all addresses
 
@@ -291,6 +300,9 @@ class Launcher:
         say("try this, twice: the second time, x-kv-overlap-blocks says how much of it the same worker had cached")
         print(f"\n  curl -iN {address}/v1/chat/completions -H 'content-type: application/json' \\")
         print(f"    -d '{json.dumps(question(model, QUESTION, stream=True, max_tokens=64))}'\n")
+        say(f"or open {paint(f'{address}/', BOLD)} in a browser, and watch the routing happen")
+        if self._args.demo:
+            print("\n".join(["", *(f"  {number}. {step}" for number, step in enumerate(TOUR, 1)), ""]))
         say("Ctrl-C ends it")
 
     async def _end(self) -> None:

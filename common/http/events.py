@@ -2,6 +2,7 @@
 
 import time
 
+from common import tracing
 from common.errors import Cancelled
 from common.events import Answering, Ended, Feed, Started, Teller
 from common.http.exchange import Exchange
@@ -48,6 +49,7 @@ class RequestEvents:
                 finish_reason=exchange.finish_reason,
                 ttft_seconds=None if first is None else first - began,
                 seconds=time.perf_counter() - began,
+                trace_id=tracing.trace_id(exchange.context),
             )
         )
 

@@ -1,11 +1,13 @@
 """GET /events: what happens in the whole pipeline, as server-sent events for pages and other programs.
 
-    hello    version of the events (common/events.py), this frontend's instance id, whether it has a demo's buttons
+    hello    version of the events (common/events.py), this frontend's instance id, whether it has a demo's buttons;
+             comes once all programs are listened to
     joined   an instance of a stage is there: stage, instance_id
     left     one is there no longer
     fleet    every second: what each router knows of the workers, as GET /workers has it
+    sampled  so busy that only a share of the requests is told of from here on
     started asked decided answering moved ended    a request's life
-    skipped  this reader was too slow for so many events
+    skipped  this reader was too slow for so many parts; then everybody who is there joins anew
 
 Each is one JSON object. Ids of instances are strings, because they have 64 bits.
 """
@@ -38,14 +40,24 @@ class _Viewer:
     """One who reads, and what waits to be read."""
 
     def __init__(self) -> None:
-        self.parts = asyncio.Queue[bytes](ROOM)
-        self.skipped = 0
+        self.waiting = asyncio.Event()  # there is something to read
+        self._parts: list[bytes] = []
+        self._skipped = 0
 
     def put(self, part: bytes) -> None:
-        try:
-            self.parts.put_nowait(part)
-        except asyncio.QueueFull:
-            self.skipped += 1
+        self.waiting.set()
+        if len(self._parts) < ROOM:
+            self._parts.append(part)
+        else:
+            self._skipped += 1
+
+    def take(self) -> tuple[bytes, int]:
+        """All of it, and how many parts did not find room."""
+        taken = b"".join(self._parts), self._skipped
+        self.waiting.clear()
+        self._parts.clear()
+        self._skipped = 0
+        return taken
 
 
 class Watch:
@@ -66,7 +78,11 @@ class Watch:
         self._hello = event("hello", {"version": VERSION, **hello})
         self._viewers: set[_Viewer] = set()
         self._there: set[tuple[str, int]] = set()  # stages and instances that are known to be there
+        self._fleet = b""  # what was told last of the workers
+        self._listened: set[tuple[str, int]] = set()  # programs that are to tell
+        self._shares: dict[tuple[str, int], float] = {}  # of the requests that each does tell of
         self._following: asyncio.Task[None] | None = None
+        self._followed = asyncio.Event()  # once each has answered
 
     def routes(self) -> APIRouter:
         """The path."""
@@ -82,30 +98,32 @@ class Watch:
     async def _read(self) -> AsyncIterator[bytes]:
         viewer = _Viewer()
         self._viewers.add(viewer)
-        self._following = self._following or asyncio.create_task(self._follow())
+        if not self._following or self._following.done():
+            self._following, self._followed = asyncio.create_task(self._follow()), asyncio.Event()
         leaving = asyncio.ensure_future(self._stopped())
         try:
-            yield self._hello + b"".join(_instance("joined", *one) for one in sorted(self._there))
+            # One that has died without a word, and that etcd still believes in, is not waited for.
+            await first_of(self._followed.wait(), asyncio.shield(leaving), seconds=LOOK_SECONDS)
+            viewer.take()  # it is all in what comes now
+            yield self._hello + self._state()
             while not leaving.done():
-                getting = asyncio.ensure_future(viewer.parts.get())
-                await first_of(asyncio.shield(getting), asyncio.shield(leaving), seconds=QUIET_SECONDS)
-                if getting.done():
-                    parts = [getting.result()]
-                    while not viewer.parts.empty():
-                        parts.append(viewer.parts.get_nowait())
-                    if viewer.skipped:
-                        parts.append(event("skipped", {"parts": viewer.skipped}))
-                        viewer.skipped = 0
-                    yield b"".join(parts)
-                else:
-                    getting.cancel()
-                    yield b": nothing has happened\n\n"
+                await first_of(viewer.waiting.wait(), asyncio.shield(leaving), seconds=QUIET_SECONDS)
+                parts, skipped = viewer.take()
+                if skipped:
+                    parts += event("skipped", {"parts": skipped}) + self._state()
+                yield parts or b": nothing has happened\n\n"
         finally:
             leaving.cancel()
             self._viewers.discard(viewer)
             if not self._viewers and self._following:
                 self._following.cancel()
                 self._following = None
+                self._there, self._shares, self._fleet = set(), {}, b""
+
+    def _state(self) -> bytes:
+        """What one must know who has heard nothing so far."""
+        joined = b"".join(_instance("joined", *one) for one in sorted(self._there))
+        return joined + self._fleet + event("sampled", {"share": self._share})
 
     def _tell(self, part: bytes) -> None:
         for viewer in self._viewers:
@@ -122,12 +140,14 @@ class Watch:
                     following[key] = asyncio.create_task(self._follow_one(told[key], key[1]))
                 for key in following.keys() - told.keys():
                     following.pop(key).cancel()
+                    self._note(key, None)
+                self._listened = set(told)
                 with suppress(PipelineError):
                     report = await self._status.get_workers()
-                    self._tell(b"event: fleet\ndata: %b\n\n" % report.model_dump_json().encode())
+                    self._fleet = b"event: fleet\ndata: %b\n\n" % report.model_dump_json().encode()
+                    self._tell(self._fleet)
                 await asyncio.sleep(LOOK_SECONDS)
         finally:
-            self._there.clear()
             for task in following.values():
                 task.cancel()
 
@@ -140,6 +160,23 @@ class Watch:
         self._there = there
 
     @property
+    def _share(self) -> float:
+        """That of which all programs tell."""
+        return min(self._shares.values(), default=1.0)
+
+    def _note(self, key: tuple[str, int], share: float | None) -> None:
+        """A program tells of this share; None: of nothing any more."""
+        before = self._share
+        if share is None:
+            self._shares.pop(key, None)
+        else:
+            self._shares[key] = share
+        if self._share != before:
+            self._tell(event("sampled", {"share": self._share}))
+        if self._listened <= self._shares.keys():
+            self._followed.set()
+
+    @property
     def _stages(self) -> Mapping[str, Remote[Any, Any]]:
         frontends = {feed.spec.component: feed for feed in self._feeds if feed.spec.component == "frontend"}
         return {**frontends, **self._status.stages}
@@ -150,6 +187,7 @@ class Watch:
             context = Context()
             try:
                 async for message in feed.stream(WatchRequest(), context, [instance_id]):
+                    self._note((feed.spec.component, instance_id), message.share)
                     if message.events:
                         self._tell(b"".join(map(request_event, message.events)))
             except PipelineError as error:

@@ -1,0 +1,82 @@
+// The pipeline's API, as the chat uses it.
+
+/** What went wrong, in words. */
+export class ApiError extends Error {}
+
+export function requestId() {
+  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+export async function models() {
+  return (await read(await reach("/v1/models"))).data;
+}
+
+export async function kill(instanceId) {
+  return read(await reach(`/demo/kill/${encodeURIComponent(instanceId)}`, { method: "POST" }));
+}
+
+/** One whole answer: its headers and its body. */
+export async function ask(body, id) {
+  const response = await post(body, id);
+  return { headers: response.headers, body: await read(response) };
+}
+
+/** A streamed answer: first {headers}, then its chunks. Raises ApiError also in the middle. */
+export async function* stream(body, id, signal) {
+  const response = await post({ ...body, stream: true, stream_options: { include_usage: true } }, id, signal);
+  if (!response.ok) await read(response);
+  yield { headers: response.headers };
+  for await (const data of eventsOf(response.body)) {
+    if (data === "[DONE]") return;
+    const chunk = JSON.parse(data);
+    if (chunk.error) throw new ApiError(said(chunk.error));
+    yield chunk;
+  }
+  throw new ApiError("The connection was lost in the middle of the answer.");
+}
+
+const post = (body, id, signal) =>
+  reach("/v1/chat/completions", {
+    method: "POST",
+    headers: { "content-type": "application/json", "x-request-id": id },
+    body: JSON.stringify(body),
+    signal,
+  });
+
+async function reach(path, options) {
+  try {
+    return await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The pipeline does not answer. Is it still running?");
+  }
+}
+
+async function read(response) {
+  const body = await response.json().catch(() => ({}));
+  if (!response.ok) throw new ApiError(said(body.error ?? {}, response.status));
+  return body;
+}
+
+function said({ message = "it did not say why", code }, status) {
+  const what = [status, code].filter(Boolean).join(", ");
+  return `Error${what && ` (${what})`}: ${message}`;
+}
+
+async function* eventsOf(body) {
+  let rest = "";
+  for await (const text of textOf(body)) {
+    const events = (rest + text).split("\n\n");
+    rest = events.pop();
+    for (const event of events) if (event.startsWith("data: ")) yield event.slice(6);
+  }
+}
+
+async function* textOf(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  try {
+    for (let part = await reader.read(); !part.done; part = await reader.read()) yield part.value;
+  } finally {
+    reader.cancel().catch(() => {}); // who leaves the loop early has no use for the rest
+  }
+}

@@ -75,8 +75,10 @@ class Publisher(KvEventPublisher):
         self._leaky.leaks = False
 
     async def garble(self) -> None:
-        await self._leaky.send_multipart([b"topic", self.next.to_bytes(8, "big"), msgspec.msgpack.encode("what?")])
+        number, payload = self.next.to_bytes(8, "big"), msgspec.msgpack.encode("what?")
+        self._kept.append((self.next, payload))
         self._next += 1
+        await self._leaky.send_multipart([b"topic", number, payload])
 
     def fall_silent(self) -> None:
         self._swap(self._swallow())

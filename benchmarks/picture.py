@@ -78,3 +78,20 @@ def draw_pairs(
 
 def _colour(run: Run) -> str:
     return COLOURS.get(run.policy, "black")
+
+
+def draw_chaos(ends: Mapping[str, Sequence[float]], faults: Mapping[str, Sequence[float]], file: Path) -> None:
+    """Draw for each fault how many requests were answered over time, with a line where it happened.
+
+    ends: by fault, when each answer ended, in seconds; faults: by fault, when it happened.
+    """
+    figure, axes = pyplot.subplots(len(ends), 1, figsize=(9, 1.1 * len(ends) + 0.8), sharex=True, layout="constrained")
+    for axis, (name, times) in zip(axes, ends.items(), strict=True):
+        axis.hist(times, bins=range(int(max(times, default=1)) + 2), color=PAIR[0], alpha=0.8)
+        for at in faults[name]:
+            axis.axvline(at, color="tab:red")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("seconds; answers that ended in each, and when the fault happened")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)

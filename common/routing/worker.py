@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 SILENT_SECONDS = 5.0  # without a report, which come every second
 GAPS = 3  # times its longest silence so far
+HUNG_SECONDS = 30.0  # beyond which no pace is an excuse
 REPORT_SECONDS = 0.5  # a report may still count requests that ended this recently
 
 
@@ -70,7 +71,7 @@ class Worker:
         self.event_at: float | None = None  # when the last event came, on the monotonic clock
         self.event_lag: float | None = None  # seconds
         self.silent_since: float | None = None  # seconds since the epoch
-        self._longest_gap = 0.0  # seconds between two signs of life, while it was not taken for silent
+        self._longest_gap = 0.0  # seconds between two reports
 
     @property
     def prefill_blocks(self) -> float:
@@ -197,7 +198,7 @@ class Worker:
         """
         if self.reported_at and self.silent_since is None:
             silence = time.monotonic() - self.reported_at
-            if silence > max(SILENT_SECONDS, GAPS * self._longest_gap):
+            if silence > min(max(SILENT_SECONDS, GAPS * self._longest_gap), HUNG_SECONDS):
                 self.silent_since = time.time() - silence
                 log.warning("worker %s is silent: nothing has come from it for %.1f s", self.name, silence)
 

@@ -484,6 +484,23 @@ class TestMigration:
             pipeline.ask()
         assert len(pipeline.generated) == MIGRATIONS + 1
 
+    def test_or_not_at_all_if_that_is_turned_off(self) -> None:
+        pipeline = Pipeline([output(A), DEAD], [output(B, finish_reason="stop")], migration_limit=0)
+        with pytest.raises(Unavailable):
+            pipeline.ask()
+        assert len(pipeline.generated) == 1
+
+    def test_a_request_that_kills_workers_gets_no_third_one(self) -> None:
+        pipeline = Pipeline([DEAD], [DEAD], [output(A, finish_reason="stop")])
+        with pytest.raises(InvalidRequest, match="died of it") as refusal:
+            pipeline.ask()
+        assert (refusal.value.code, len(pipeline.generated)) == ("engines_lost", 2)
+
+    def test_but_workers_that_had_made_tokens_of_it_died_of_something_else(self) -> None:
+        dies: Script = [output(A), DEAD]
+        pipeline = Pipeline(dies, dies, dies, [output(B, finish_reason="stop")])
+        assert text(pipeline.ask()) == "aaab"
+
     def test_when_all_have_failed_it_is_the_router_who_says_so(self) -> None:
         pipeline = Pipeline([output(A), DEAD], [output(A), DEAD])
         with pytest.raises(Unavailable, match="every engine has failed") as refusal:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from common.kv_events import RemovedBlocks
-from common.messages import AllBlocksCleared, LoadStat, StoredBlocks
+from common.messages import AllBlocksCleared, FindWorkerRequest, LoadStat, StoredBlocks
+from common.routing.fleet import Fleet
 from common.routing.prefix_index import PrefixIndex, sequence_hashes
-from common.routing.worker import Prompt, Worker
+from common.routing.worker import SILENT_SECONDS, Prompt, Worker
 from tests.unit.stand_ins import identity, worker_info
 
 import pytest
@@ -236,3 +237,74 @@ class TestWorker:
         assert worker.prefill_blocks == pytest.approx(0)
         assert worker.decode_blocks == pytest.approx(0)
         assert worker.requests == 0
+
+
+IDLE = LoadStat(running_requests=0, waiting_requests=0, used_tokens=0, total_tokens=999)
+
+
+class Clock:
+    """The time, for a worker."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("common.routing.worker.time.monotonic", lambda: self.now)
+
+    def reports(self, worker: Worker, *gaps: float) -> None:
+        """Have a report come after each of these seconds, as one looks at the worker all the time."""
+        for gap in gaps:
+            self.wait(worker, gap)
+            worker.on_report(IDLE)
+
+    def wait(self, worker: Worker, seconds: float) -> None:
+        self.now += seconds
+        worker.check_silence()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+class TestSilence:
+    """A worker that reports no more hangs."""
+
+    def test_one_that_says_nothing_for_long_is_silent_until_it_speaks(self, clock: Clock) -> None:
+        worker = worker_of_four()
+        clock.reports(worker, 1, 1)
+        clock.wait(worker, SILENT_SECONDS - 0.1)
+        assert worker.silent_since is None
+        clock.wait(worker, 0.2)
+        assert worker.silent_since is not None
+        clock.reports(worker, 20)
+        assert worker.silent_since is None
+
+    def test_slow_is_not_hung(self, clock: Clock) -> None:
+        worker = worker_of_four()
+        clock.reports(worker, 1, SILENT_SECONDS - 1)
+        clock.wait(worker, SILENT_SECONDS + 3)
+        assert worker.silent_since is None
+
+    def test_one_that_was_taken_for_silent_by_mistake_is_not_so_again(self, clock: Clock) -> None:
+        worker = worker_of_four()
+        clock.reports(worker, 1, 20)
+        clock.wait(worker, 20)
+        assert worker.silent_since is None
+
+    def test_one_that_never_reported_may_be_of_a_kind_that_does_not(self, clock: Clock) -> None:
+        worker = worker_of_four()
+        clock.wait(worker, 3600)
+        assert worker.silent_since is None
+
+    def test_it_gets_nothing_while_there_are_others(self, clock: Clock) -> None:
+        fleet = Fleet()
+        for number in (1, 2):
+            fleet.add(Worker(number, worker_info(number)))
+        one, two = fleet.workers.values()
+        clock.reports(one, 1)
+        clock.wait(one, SILENT_SECONDS + 1)
+        request = FindWorkerRequest(model=identity(), local_hashes=[], tokens=1)
+        assert [candidate.worker for candidate in fleet.candidates(request, prompt(1))] == [two]
+        (status, _) = fleet.status()
+        assert status.silent_seconds is not None and str(status.reason).startswith("silent since ")
+        fleet.forget(2)
+        assert [candidate.worker for candidate in fleet.candidates(request, prompt(1))] == [one]

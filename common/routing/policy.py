@@ -151,7 +151,7 @@ class LowestCost:
     async def lease(self, candidates: Sequence[Candidate]) -> AsyncIterator[Candidate]:
         """Choose one, and count the prompt as load on it for as long as the block runs."""
         best = choose(candidates, self._policy, self._weights)
-        with best.worker.lease(best.prompt, best.overlap_blocks, best.expected_blocks):
+        with best.worker.lease(best.prompt, best.overlap_blocks):
             yield best
 
 

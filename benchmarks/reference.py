@@ -8,9 +8,10 @@ from itertools import count
 from pathlib import Path
 
 from benchmarks.cluster import Conditions, Figures, requests_of
-from benchmarks.measure import mean
+from benchmarks.measure import mean, percentile
 from benchmarks.trace import TraceRequest
 
+import msgspec
 from dynamo._core import run_mocker_trace_replay
 from dynamo.llm import KvRouterConfig
 
@@ -20,13 +21,22 @@ TUNED = KvRouterConfig(prefill_load_scale=32.0, router_queue_threshold=0.0, rout
 REPEATS = 3  # equal costs are drawn by lot there too, and with no seed that could be set
 
 
+class _Request(msgspec.Struct):
+    """What its report says of a request."""
+
+    ttft_ms: float
+    e2e_latency_ms: float
+    input_length: int
+    reused_input_tokens: int
+
+
 def replay(trace: Sequence[TraceRequest], conditions: Conditions, config: KvRouterConfig | None = None) -> Figures:
     """The means of several runs. Engines are all as fast as the first, and there is one router."""
     with tempfile.TemporaryDirectory(prefix="replay-") as folder:
         file = Path(folder) / "trace.jsonl"
         file.write_text("".join(_lines(trace, conditions.block_size)))
         runs = [_replay(file, conditions, config or KvRouterConfig()) for _ in range(REPEATS)]
-    return Figures(*(mean(values) for values in zip(*runs, strict=True)))
+    return Figures(**{name: mean([run[name] for run in runs]) for name in runs[0]})
 
 
 def _lines(trace: Sequence[TraceRequest], block_size: int) -> list[str]:
@@ -48,21 +58,33 @@ def _lines(trace: Sequence[TraceRequest], block_size: int) -> list[str]:
     return lines
 
 
-def _replay(file: Path, conditions: Conditions, config: KvRouterConfig) -> tuple[float, ...]:
+def _replay(trace: Path, conditions: Conditions, config: KvRouterConfig) -> dict[str, float]:
+    """The figures of a run, by their names."""
+    report = trace.with_suffix(".report")
     engine = {
         "backend": "sglang",
         "block_size": conditions.block_size,
         "num_gpu_blocks": conditions.blocks,
         "speedup_ratio": conditions.speedups[0],
     }
-    summary = run_mocker_trace_replay(
-        [str(file)],
+    run_mocker_trace_replay(
+        [str(trace)],
         extra_engine_args={"engine": engine, "dynamo": {}},
         num_workers=len(conditions.speedups),
         router_mode="kv_router",
         router_config=config,
         trace_block_size=conditions.block_size,
+        report_jsonl_path=str(report),
         kv_event_lag_ms=conditions.event_lag * 1000,
-    ).summary
-    times = ("mean_ttft_ms", "p99_ttft_ms", "mean_e2e_latency_ms", "p99_e2e_latency_ms")
-    return (*(summary[name] / 1000 for name in times), summary["prefix_cache_reused_ratio"], math.nan)
+    )
+    requests = msgspec.json.Decoder(_Request).decode_lines(report.read_bytes())
+    ttfts = sorted(one.ttft_ms / 1000 for one in requests)
+    totals = sorted(one.e2e_latency_ms / 1000 for one in requests)
+    return {
+        "ttft_mean": mean(ttfts),
+        "ttft_p99": percentile(ttfts, 99),
+        "total_mean": mean(totals),
+        "total_p99": percentile(totals, 99),
+        "cached": sum(one.reused_input_tokens for one in requests) / sum(one.input_length for one in requests),
+        "busy": math.nan,  # it does not say
+    }

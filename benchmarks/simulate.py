@@ -133,9 +133,9 @@ def main_table(comparisons: Sequence[Comparison]) -> str:
 RATIOS: Mapping[str, Callable[[Comparison], float]] = {
     "TTFT mean / better of the two": lambda one: one.figures["kv"].ttft_mean / one.better,
     "TTFT mean / `dynamo`": lambda one: one.ratio(lambda figures: figures.ttft_mean),
-    "p99": lambda one: one.ratio(lambda figures: figures.ttft_p99),
+    "TTFT p99": lambda one: one.ratio(lambda figures: figures.ttft_p99),
     "end to end mean": lambda one: one.ratio(lambda figures: figures.total_mean),
-    "p99 ": lambda one: one.ratio(lambda figures: figures.total_p99),
+    "end to end p99": lambda one: one.ratio(lambda figures: figures.total_p99),
     "cached": lambda one: one.ratio(lambda figures: figures.cached),
     "bound / better of the two": lambda one: one.bounds.ttft_mean / one.better,
 }

@@ -79,13 +79,13 @@ class TestKv:
 
     def test_a_block_to_read_costs_less_than_one_to_compute(self, leases: ExitStack) -> None:
         busy, idle = workers(2)
-        leases.enter_context(busy.lease(prompt(10), 10))
+        leases.enter_context(busy.lease(prompt(50), 50))  # as much as 2.5 to compute
         assert taken([candidate(busy, prompt(), overlap_blocks=3), candidate(idle, prompt())]) is busy
         assert taken([candidate(busy, prompt(), overlap_blocks=2), candidate(idle, prompt())]) is idle
 
     def test_load_outweighs_a_short_prefix(self, leases: ExitStack) -> None:
         busy, idle = workers(2)
-        leases.enter_context(busy.lease(prompt(8), 8))
+        leases.enter_context(busy.lease(prompt(40), 40))
         short, long = candidate(busy, prompt(), overlap_blocks=1), candidate(busy, prompt(), overlap_blocks=3)
         assert taken([short, candidate(idle, prompt())]) is idle
         assert taken([long, candidate(idle, prompt())]) is busy

@@ -17,6 +17,8 @@ from matplotlib import pyplot
 COLOURS = {
     "kv": "tab:blue",
     "dynamo": "tab:orange",
+    "dynamo-tuned": "tab:brown",
+    "bound": "lightgrey",
     "least-loaded": "tab:green",
     "random": "tab:grey",
     "round-robin": "tab:red",
@@ -72,6 +74,22 @@ def draw_pairs(
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     axes[0].legend(frameon=False)
+    picture.savefig(file, dpi=120)
+    pyplot.close(picture)
+
+
+def draw_bars(points: Sequence[str], owners: Mapping[str, Sequence[float]], title: str, file: Path) -> None:
+    """Draw a bar for each owner at each point. Less is better."""
+    picture, axis = pyplot.subplots(figsize=(11, 4), layout="constrained")
+    picture.suptitle(title, fontsize=11)
+    width = 0.8 / len(owners)
+    for number, (owner, values) in enumerate(owners.items()):
+        places = [place + width * number for place in range(len(points))]
+        bars = axis.bar(places, values, width, label=owner, color=COLOURS.get(owner, "black"))
+        axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    axis.set(xticks=[place + 0.4 - width / 2 for place in range(len(points))], xticklabels=points)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, ncols=len(owners), loc="lower center", bbox_to_anchor=(0.5, 1))
     picture.savefig(file, dpi=120)
     pyplot.close(picture)
 

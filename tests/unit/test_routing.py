@@ -1,5 +1,6 @@
 """The router's two pictures of a worker, its cache and its load."""
 
+import itertools
 import random
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 
 BLOCK = 4
 HASHES = [101, 102, 103]
+UNIQUE = itertools.count(10**6)
 
 
 def stored(local_hashes: list[int], block_ids: list[int], parent_id: int | None = None) -> StoredBlocks:
@@ -27,7 +29,8 @@ def worker_of_four() -> Worker:
 
 
 def prompt(blocks: float, hashes: list[int] | None = None) -> Prompt:
-    return Prompt(sequence_hashes(hashes or []), blocks)
+    """One of these blocks, or of blocks that no other prompt has."""
+    return Prompt(sequence_hashes([next(UNIQUE) for _ in range(int(blocks))] if hashes is None else hashes), blocks)
 
 
 @pytest.fixture
@@ -153,12 +156,86 @@ class TestWorker:
 
     def test_its_prefill_is_done_when_its_last_block_is_stored(self) -> None:
         worker = worker_of_four()
-        with worker.lease(prompt(3, [7, 8, 9]), 0) as one, worker.lease(prompt(3, [7, 8, 5]), 0):
+        with worker.lease(prompt(3.5, [7, 8, 9]), 0) as one, worker.lease(prompt(3.5, [7, 8, 5]), 0) as other:
             worker.on_stored(sequence_hashes([7, 8]))
-            assert worker.prefill_blocks == 6
+            assert not one.prefilled.is_set()
             worker.on_stored(sequence_hashes([7, 8, 9])[2:])
-            assert worker.prefill_blocks == 3
             assert one.prefilled.is_set()
+            assert not other.prefilled.is_set()
+            assert worker.prefill_blocks == 1.5
+
+    def test_a_long_prompt_counts_for_less_with_each_part_that_is_stored(self) -> None:
+        worker = worker_of_four()
+        blocks = list(range(16))
+        hashes = sequence_hashes(blocks)
+        with worker.lease(prompt(16.5, blocks), overlap_blocks=2):
+            left = []
+            for end in (4, 8, 12, 16):
+                worker.on_stored(hashes[end - 4 : end])
+                left.append(worker.prefill_blocks)
+            assert left == [12.5, 8.5, 4.5, 0]
+            assert worker.decode_blocks == 16.5
+
+    def test_parts_that_are_stored_in_any_order_count(self) -> None:
+        worker = worker_of_four()
+        hashes = sequence_hashes(range(8))
+        with worker.lease(prompt(8, list(range(8))), 0), worker.lease(prompt(2), 0):
+            worker.on_stored(hashes[4:6])
+            assert worker.prefill_blocks == 8
+            worker.on_stored(hashes[:4])
+            worker.on_stored(hashes[:6])  # said twice
+            assert worker.prefill_blocks == 4
+
+    def test_what_others_have_computed_here_is_none_of_our_prompts(self) -> None:
+        worker = worker_of_four()
+        with worker.lease(prompt(3.5, [7, 8, 9]), 0):
+            worker.on_stored(sequence_hashes([1, 2, 3, 4]))
+            assert worker.prefill_blocks == 3.5
+            worker.on_stored(sequence_hashes([7, 8]))  # ours, whoever asked for it
+            assert worker.prefill_blocks == 1.5
+
+    def test_a_shared_block_is_to_be_computed_while_anybody_needs_it(self) -> None:
+        worker = worker_of_four()
+        with ExitStack() as first:
+            first.enter_context(worker.lease(prompt(3, [7, 8, 9]), 0))
+            with worker.lease(prompt(3, [7, 8, 5]), 0):
+                assert worker.prefill_blocks == 4
+                first.close()  # before it was computed
+                assert worker.prefill_blocks == 3
+                worker.on_stored(sequence_hashes([7]))
+                assert worker.prefill_blocks == 2
+        assert worker.prefill_blocks == 0
+
+    def test_the_last_block_of_a_prompt_stands_for_those_before_it(self) -> None:
+        worker = worker_of_four()
+        with worker.lease(prompt(3, [7, 8, 9]), 0):
+            worker.on_stored(sequence_hashes([7, 8, 9])[2:])  # what was said of the others is lost
+            assert worker.prefill_blocks == 0
+
+    def test_what_is_to_be_computed_agrees_with_a_plain_account(self) -> None:
+        """The blocks of prompts in progress that were not cached at the decision, and were not stored since."""
+        worker, chance = worker_of_four(), random.Random(3)
+        going: list[tuple[ExitStack, Prompt, set[int]]] = []
+        for _ in range(1000):
+            blocks = [chance.randrange(3) for _ in range(chance.randrange(1, 6))]
+            match chance.randrange(3):
+                case 0:
+                    overlap, one = chance.randrange(len(blocks) + 1), prompt(len(blocks), blocks)
+                    lease = ExitStack()
+                    lease.enter_context(worker.lease(one, overlap))
+                    going.append((lease, one, set(one.sequence_hashes[overlap:])))
+                case 1:
+                    stored = sequence_hashes(blocks)
+                    worker.on_stored(stored)
+                    done = [one.sequence_hashes for _, one, _ in going if one.sequence_hashes[-1] in stored]
+                    for _, _, left in going:
+                        left.difference_update(stored, *done)
+                case 2 if going:
+                    lease, _, left = going.pop(chance.randrange(len(going)))
+                    lease.close()
+                    for _, one, others in going:  # what it was to compute falls to those that need it too
+                        others.update(left.intersection(one.sequence_hashes))
+            assert worker.prefill_blocks == len(set().union(*(left for _, _, left in going)))
 
     def test_a_block_with_the_same_tokens_elsewhere_does_not_end_a_prefill(self) -> None:
         worker = worker_of_four()
@@ -175,11 +252,6 @@ class TestWorker:
                 assert worker.held_blocks(sequence_hashes([8])) == 0
             assert worker.decode_blocks == 3.5
             assert worker.held_blocks(sequence_hashes([7, 8, 5, 6])) == 2
-
-    def test_blocks_that_are_expected_are_not_computed_twice(self) -> None:
-        worker = worker_of_four()
-        with worker.lease(prompt(3, [7, 8, 9]), 0), worker.lease(prompt(3, [7, 8, 5]), 0, expected_blocks=2):
-            assert worker.prefill_blocks == 4
 
     def test_what_a_worker_reports_beyond_our_leases_counts_too(self, leases: ExitStack) -> None:
         worker = worker_of_four()
@@ -201,7 +273,7 @@ class TestWorker:
 
     def test_a_prompt_that_waits_with_all_its_blocks_cached_is_still_ours(self) -> None:
         worker = worker_of_four()
-        with worker.lease(prompt(3, [7, 8, 9]), 0), worker.lease(prompt(3.5, [7, 8, 9]), 0, expected_blocks=3):
+        with worker.lease(prompt(3, [7, 8, 9]), 0), worker.lease(prompt(3.5, [7, 8, 9]), 0):
             worker.on_stored(sequence_hashes([7, 8, 9]))
             report = LoadStat(
                 running_requests=1,

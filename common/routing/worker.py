@@ -93,7 +93,7 @@ class Worker:
     @property
     def leased(self) -> tuple[float, float]:
         """Blocks to compute, and held, by our leases alone."""
-        return self._prefill, len(self._held) + self._tails
+        return len(self._uncomputed) + self._uncomputed_tails, len(self._held) + self._tails
 
     @property
     def reported(self) -> tuple[float, float] | None:
@@ -205,13 +205,13 @@ class Worker:
         that does not.
         """
         if self.reported_at and self.silent_since is None:
-            silence = time.monotonic() - self.reported_at
+            silence = self._clock() - self.reported_at
             if silence > min(max(SILENT_SECONDS, GAPS * self._longest_gap), HUNG_SECONDS):
                 self.silent_since = time.time() - silence
                 log.warning("worker %s is silent: nothing has come from it for %.1f s", self.name, silence)
 
     def _on_sign_of_life(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         if self.reported_at:
             self._longest_gap = max(self._longest_gap, now - self.reported_at)
         if self.silent_since is not None:

@@ -317,9 +317,11 @@ IDLE = LoadStat(running_requests=0, waiting_requests=0, used_tokens=0, total_tok
 class Clock:
     """The time, for a worker."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.now = 1000.0
-        monkeypatch.setattr("common.routing.worker.time.monotonic", lambda: self.now)
+
+    def worker(self, number: int = 1) -> Worker:
+        return Worker(number, worker_info(number), lambda: self.now)
 
     def reports(self, worker: Worker, *gaps: float) -> None:
         """Have a report come after each of these seconds, as one looks at the worker all the time."""
@@ -333,15 +335,15 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
+def clock() -> Clock:
+    return Clock()
 
 
 class TestSilence:
     """A worker that reports no more hangs."""
 
     def test_one_that_says_nothing_for_long_is_silent_until_it_speaks(self, clock: Clock) -> None:
-        worker = worker_of_four()
+        worker = clock.worker()
         clock.reports(worker, 1, 1)
         clock.wait(worker, SILENT_SECONDS - 0.1)
         assert worker.silent_since is None
@@ -351,26 +353,26 @@ class TestSilence:
         assert worker.silent_since is None
 
     def test_slow_is_not_hung(self, clock: Clock) -> None:
-        worker = worker_of_four()
+        worker = clock.worker()
         clock.reports(worker, 1, SILENT_SECONDS - 1)
         clock.wait(worker, SILENT_SECONDS + 3)
         assert worker.silent_since is None
 
     def test_one_that_was_taken_for_silent_by_mistake_is_not_so_again(self, clock: Clock) -> None:
-        worker = worker_of_four()
+        worker = clock.worker()
         clock.reports(worker, 1, 20)
         clock.wait(worker, 20)
         assert worker.silent_since is None
 
     def test_one_that_never_reported_may_be_of_a_kind_that_does_not(self, clock: Clock) -> None:
-        worker = worker_of_four()
+        worker = clock.worker()
         clock.wait(worker, 3600)
         assert worker.silent_since is None
 
     def test_it_gets_nothing_while_there_are_others(self, clock: Clock) -> None:
         fleet = Fleet()
         for number in (1, 2):
-            fleet.add(Worker(number, worker_info(number)))
+            fleet.add(clock.worker(number))
         one, two = fleet.workers.values()
         clock.reports(one, 1)
         clock.wait(one, SILENT_SECONDS + 1)

@@ -163,8 +163,7 @@ class Frontend:
     ) -> AsyncGenerator[ChatCompletionChunk]:
         if self._service.stopping:
             raise Unavailable("this server is being stopped; try again in a moment")
-        found = await self._processors.find(completion_request.model)
-        stream = remote.stream(completion_request, context, None if remote is self._stage else list(found))
+        stream = self._processors.stream(completion_request, context, remote, stage=remote is self._stage)
         answered = False
         try:
             async with aclosing(stream) as chunks:
@@ -196,6 +195,7 @@ class Frontend:
         form: Form,
     ) -> Response:
         exchange = Exchange.of(request)
+        completion_request.resume = None  # which only a frontend may say
         exchange.begin(completion_request, self._ignored(completion_request))
         if completion_request.stream:
             return await self._stream(request, completion_request, chunks, form)
@@ -287,7 +287,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
         client = await runtime.endpoint(args.processor).client()
         stage = stages[args.processor] = Remote(PROCESS.at(args.processor), client)
     service = Service(runtime, drain_seconds=args.drain_seconds)
-    processors = Processors(process, describe)
+    processors = Processors(process, describe, moves=args.migration_limit, seconds=args.processor_seconds)
     frontend = Frontend(
         service,
         processors=processors,
@@ -333,6 +333,10 @@ def arguments() -> argparse.ArgumentParser:
     )
     options.add_argument(
         "--keepalive-seconds", type=float, default=15.0, help="a client that waits hears of it so often; 0: never"
+    )
+    options.add_argument("--migration-limit", type=int, default=3, help="times that a request may move to another one")
+    options.add_argument(
+        "--processor-seconds", type=float, default=30.0, help="to wait for a processor if none is there"
     )
     options.add_argument("--strict-fields", action="store_true", help="refuse fields that nobody here knows")
     options.add_argument("--demo", action="store_true", help="let engines be killed from the page")

@@ -19,24 +19,23 @@ backend.rs and migration.rs), which are stages of the frontend's process.
 
 import argparse
 import asyncio
-import hashlib
 import logging
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
 
 from common.coalescer import Coalescer
-from common.errors import Cancelled, Internal, InvalidRequest, NotFound, Unavailable
+from common.errors import Cancelled, Internal, InvalidRequest, Lost, NotFound, Unavailable
 from common.events import WATCH_PROCESSOR, Asked, Feed, Moved
 from common.log import log_request, names, request_id
 from common.messages import (
     FIND_WORKER,
     GENERATE,
+    WORKERS,
     DescribeRequest,
     EngineOutput,
-    FindWorkerRequest,
     GenerateRequest,
     ModelIdentity,
     RoutingDecision,
@@ -50,7 +49,6 @@ from common.openai_api import (
     TOKENIZE,
     ChatCompletionChunk,
     ModelCard,
-    PromptBlocks,
     Text,
     Tokens,
 )
@@ -62,28 +60,28 @@ from common.openai_request import (
     TokenizeRequest,
     characters,
 )
-from common.remote import Remote
+from common.remote import Remote, linked
 from common.service import Service, parser, run
 from common.text.answer import Answer, Completion
 from common.text.chat_model import ChatModel
-from common.text.generation import Generation, best, check_ids, contexts_of, generations_of, routing_of, usage_of
+from common.text.generation import Generation, best, check_ids, generations_of, resume, routing_of, usage_of
+from common.text.limits import Limits
 from common.text.merged import merged
 from common.text.reasoning import Reasoning
+from common.text.routers import Routers
 from common.text.schemas import checked
 from common.text.tool_calls import constraint_of, tool_calls_of
 from common.tracing import span
 
-from dynamo.llm import compute_block_hash_for_seq
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-MIGRATIONS = 3  # times that a request may move to another worker
-ROUTER_SECONDS = 5.0  # to wait for a router that is restarting
+VICTIMS = 2  # workers that died before they had made a token of a request
+ACK_SECONDS = 1.0  # for a worker to take a request, if there are others
 THREAD_CHARACTERS = 4096  # a text from this length on is encoded beside the event loop
-MAX_SESSION = 128  # characters of a session's name that routers keep; a longer one is hashed
 
 
 class Processor:
@@ -94,17 +92,19 @@ class Processor:
         model: ChatModel,
         identity: ModelIdentity,
         *,
-        router: Remote[FindWorkerRequest, RoutingDecision],
+        routers: Routers,
         engines: Remote[GenerateRequest, EngineOutput],
         coalescer: Coalescer,
         feed: Feed,
+        migration_limit: int = 3,
     ) -> None:
         self._model = model
         self._identity = identity
-        self._router = router
+        self._routers = routers
         self._engines = engines
         self._coalescer = coalescer
         self._feed = feed
+        self._migration_limit = migration_limit
         self._created = int(time.time())
         self._fingerprint = f"fp_{identity.tokenizer or identity.name}"[:24]
 
@@ -210,12 +210,14 @@ class Processor:
     ) -> AsyncGenerator[ChatCompletionChunk]:
         """Yield the chunks of all answers as they come, then the usage."""
         record = "x-record" in context.metadata
-        async with contexts_of(context, len(answers)) as contexts:
+        resume(generations, answers)
+        async with AsyncExitStack() as stack:
+            contexts = [await stack.enter_async_context(linked(context, answer.index)) for answer in answers]
             streams = [self._answer(*each) for each in zip(generations, answers, contexts, strict=True)]
             async with aclosing(merged(streams)) as chunks:
                 async for chunk in chunks:
                     if record and chunk.routing:
-                        chunk.routing.prompt = self._blocks(generations[0])
+                        chunk.routing.prompt = generations[0].blocks(self._identity.block_size)
                     yield chunk
         usage = usage_of(generations, answers)
         chunk = completion.chunk([])
@@ -235,7 +237,10 @@ class Processor:
     async def _answer(
         self, generation: Generation, answer: Answer, context: Context
     ) -> AsyncGenerator[ChatCompletionChunk]:
-        """Yield the chunks of one answer."""
+        """Yield the chunks of one answer, if it has not ended before it came here."""
+        if answer.finish_reason:
+            generation.decided.set()
+            return
         async with aclosing(self._coalescer.coalesced(self._generate(generation, context))) as outputs:
             async for output in outputs:
                 if chunk := answer.add(output, generation.decision):
@@ -253,10 +258,10 @@ class Processor:
             await generation.beside.decided.wait()
         tell = generation.tell = None if generation.beside else self._feed.teller(request_id(context))
         while not generation.finished:
-            wanted = self._find_worker(generation, context)
+            wanted = generation.find_worker_request(self._identity, context)
             if tell:
                 tell(Asked(processor=self._feed.instance_id, tokens=wanted.tokens, blocks=len(wanted.local_hashes)))
-            async with self._router.open(wanted, context, retry_seconds=ROUTER_SECONDS) as decision:
+            async with self._routers.lease(wanted, context) as decision:
                 generation.check(decision)
                 generation.decision = decision
                 generation.decided.set()
@@ -273,8 +278,9 @@ class Processor:
             generation.finished = True
             yield EngineOutput(finish_reason="length")
             return
-        request = generation.generate_request(self._model, limit - generation.generated)
-        stream = self._engines.stream(request, context, [decision.instance_id])
+        before = generation.generated
+        request = generation.generate_request(self._model, limit - before)
+        stream = self._stream(request, context, decision.instance_id)
         try:
             async with aclosing(generation.traced(stream, context)) as outputs:
                 async for output in outputs:
@@ -290,6 +296,11 @@ class Processor:
                 raise Cancelled("the caller went away")
             raise Internal("it ended its stream without a finish_reason")
         except Unavailable as error:
+            if isinstance(error, Lost) and generation.generated == before:
+                generation.victims += 1
+            if generation.victims >= VICTIMS:
+                text = "the engines that had this request died of it, or of something else: it gets no other one"
+                raise InvalidRequest(text, code="engines_lost") from error
             if generation.constraint and generation.generated:  # another worker's grammar would begin anew
                 message = f"worker {decision.worker_id} was lost in the midst of a form that no other can go on with"
                 raise Unavailable(f"{message}; try again: {error}") from error
@@ -298,32 +309,19 @@ class Processor:
             log.warning(message, names(context), decision.worker_id, generation.generated, error)
             if generation.tell:
                 generation.tell(Moved(worker_id=decision.worker_id, tokens=generation.generated, reason=str(error)))
-            if len(generation.failed) > MIGRATIONS:
+            if len(generation.failed) > self._migration_limit:
                 raise
         except Internal as error:
             raise Internal(f"worker {decision.worker_id} failed: {error}") from error
 
-    def _local_hashes(self, tokens: list[int]) -> list[int]:
-        """Of each full block of a prompt, what routers know it by."""
-        return compute_block_hash_for_seq(tokens, self._identity.block_size)
-
-    def _blocks(self, generation: Generation) -> PromptBlocks:
-        """The prompt, for a frontend that records traffic."""
-        count, size = generation.prompt_tokens, self._identity.block_size
-        hashes = self._local_hashes(generation.tokens[:count])
-        return PromptBlocks(tokens=count, block_size=size, local_hashes=hashes)
-
-    def _find_worker(self, generation: Generation, context: Context) -> FindWorkerRequest:
-        request, metadata = generation.request, context.metadata
-        return FindWorkerRequest(
-            model=self._identity,
-            local_hashes=self._local_hashes(generation.tokens),
-            tokens=len(generation.tokens),
-            request_id=request_id(context),
-            session=_session(metadata.get("x-session-id") or request.prompt_cache_key or request.user),
-            priority=_priority(metadata.get("x-priority") or "0"),
-            excluded=generation.failed,
-            beside=generation.beside_instance,
+    def _stream(self, request: GenerateRequest, context: Context, instance_id: int) -> AsyncGenerator[EngineOutput]:
+        """What a worker answers, for as long as there is hope."""
+        return self._engines.stream(
+            request,
+            context,
+            [instance_id],
+            hopeless=self._routers.hopeless(instance_id),
+            ack_seconds=ACK_SECONDS if len(self._engines.instance_ids()) > 1 else None,
         )
 
 
@@ -346,21 +344,6 @@ def _finish_reason(reason: str | dict[str, object]) -> str:
             raise Internal(f"it ended with {reason}")
 
 
-def _session(name: str | None) -> str | None:
-    """A session's name as routers keep it."""
-    if name is None or len(name) <= MAX_SESSION:
-        return name
-    return hashlib.sha256(name.encode()).hexdigest()
-
-
-def _priority(text: str) -> int:
-    """A request's priority. Raises InvalidRequest if it is none."""
-    try:
-        return int(text)
-    except ValueError as error:
-        raise InvalidRequest("x-priority must be an integer", param="x-priority") from error
-
-
 def _gave_up(decision: RoutingDecision, context: Context) -> Cancelled | Unavailable:
     """Why a worker ended a request before its time."""
     if context.is_stopped():
@@ -377,6 +360,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     complete = runtime.endpoint(COMPLETE.path)
     tokenize, detokenize = runtime.endpoint(TOKENIZE.path), runtime.endpoint(DETOKENIZE.path)
     router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
+    status = Remote(WORKERS, await runtime.endpoint(WORKERS.path).client())
     engines = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())
     model = ChatModel(
         resolved,
@@ -389,7 +373,15 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     log.info("parsers: tool_calls=%s reasoning=%s", *model.parsers)
     async with Service(runtime, drain_seconds=args.drain_seconds) as service:
         feed = Feed(process.connection_id(), service.stopped)
-        processor = Processor(model, identity, router=router, engines=engines, coalescer=coalescer, feed=feed)
+        processor = Processor(
+            model,
+            identity,
+            routers=Routers(router, status, engines.instance_ids, Limits.of(args)),
+            engines=engines,
+            coalescer=coalescer,
+            feed=feed,
+            migration_limit=args.migration_limit,
+        )
         service.add(events, WATCH_PROCESSOR, feed.watch)
         service.add(describe, DESCRIBE_MODEL, processor.describe)
         service.add(tokenize, TOKENIZE, processor.tokenize)
@@ -406,6 +398,10 @@ def arguments() -> argparse.ArgumentParser:
     options = parser(__doc__)
     add_options(options)
     Coalescer.add_option(options)
+    Limits.add_options(options)
+    options.add_argument(
+        "--migration-limit", type=int, default=3, help="times that a request may move to another worker"
+    )
     for name in ("--tool-call-parser", "--reasoning-parser"):
         options.add_argument(name, default="auto", help="SGLang's for this model; auto: by its chat template; or none")
     options.add_argument(

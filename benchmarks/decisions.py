@@ -99,7 +99,7 @@ def measure_ours(blocks: int, workers: int) -> Cost:
     def decide(request: FindWorkerRequest) -> None:
         prompt = Prompt(sequence_hashes(request.local_hashes), len(request.local_hashes))
         best = choose(fleet.candidates(request, prompt), kv, weights)
-        with best.worker.lease(prompt, best.overlap_blocks, best.expected_blocks):
+        with best.worker.lease(prompt, best.overlap_blocks):
             pass
 
     with ExitStack() as busy:

@@ -17,6 +17,8 @@ from matplotlib import pyplot
 COLOURS = {
     "kv": "tab:blue",
     "dynamo": "tab:orange",
+    "dynamo-tuned": "tab:brown",
+    "bound": "lightgrey",
     "least-loaded": "tab:green",
     "random": "tab:grey",
     "round-robin": "tab:red",
@@ -76,5 +78,38 @@ def draw_pairs(
     pyplot.close(picture)
 
 
+def draw_bars(points: Sequence[str], owners: Mapping[str, Sequence[float]], title: str, file: Path) -> None:
+    """Draw a bar for each owner at each point. Less is better."""
+    picture, axis = pyplot.subplots(figsize=(11, 4), layout="constrained")
+    picture.suptitle(title, fontsize=11)
+    width = 0.8 / len(owners)
+    for number, (owner, values) in enumerate(owners.items()):
+        places = [place + width * number for place in range(len(points))]
+        bars = axis.bar(places, values, width, label=owner, color=COLOURS.get(owner, "black"))
+        axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    axis.set(xticks=[place + 0.4 - width / 2 for place in range(len(points))], xticklabels=points)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, ncols=len(owners), loc="lower center", bbox_to_anchor=(0.5, 1))
+    picture.savefig(file, dpi=120)
+    pyplot.close(picture)
+
+
 def _colour(run: Run) -> str:
     return COLOURS.get(run.policy, "black")
+
+
+def draw_chaos(ends: Mapping[str, Sequence[float]], faults: Mapping[str, Sequence[float]], file: Path) -> None:
+    """Draw for each fault how many requests were answered over time, with a line where it happened.
+
+    ends: by fault, when each answer ended, in seconds; faults: by fault, when it happened.
+    """
+    figure, axes = pyplot.subplots(len(ends), 1, figsize=(9, 1.1 * len(ends) + 0.8), sharex=True, layout="constrained")
+    for axis, (name, times) in zip(axes, ends.items(), strict=True):
+        axis.hist(times, bins=range(int(max(times, default=1)) + 2), color=PAIR[0], alpha=0.8)
+        for at in faults[name]:
+            axis.axvline(at, color="tab:red")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("seconds; answers that ended in each, and when the fault happened")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)

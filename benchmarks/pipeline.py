@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -51,11 +51,18 @@ class Pipeline:
 @contextmanager
 def running(setting: Setting, policy: str, model: Path, folder: Path) -> Iterator[Pipeline]:
     """Start a pipeline with empty caches, and end it after the block. Its output goes to a file in `folder`."""
+    options = ["--backend", "mocker", "--policy", policy, "--model", str(model), "--engines", str(setting.engines)]
+    options += ["--block-size", str(setting.block_size), "--mocker-blocks", str(setting.blocks)]
+    options += ["--mocker-speedup", str(setting.engine_speedup)]
+    with launched(options, folder / f"{policy}.log") as pipeline:
+        yield pipeline
+
+
+@contextmanager
+def launched(options: Sequence[str], log: Path) -> Iterator[Pipeline]:
+    """Start a pipeline as a user does, with these options, and end it after the block. Its output goes to `log`."""
     (port,) = free_ports(1)
-    log = folder / f"{policy}.log"
-    command = [sys.executable, "-m", "scripts.launch", "--backend", "mocker", "--policy", policy, "--port", str(port)]
-    command += ["--model", str(model), "--engines", str(setting.engines), "--block-size", str(setting.block_size)]
-    command += ["--mocker-blocks", str(setting.blocks), "--mocker-speedup", str(setting.engine_speedup)]
+    command = [sys.executable, "-m", "scripts.launch", "--port", str(port), *options]
     # Servers that the user runs may have other engines in them.
     environment = {name: value for name, value in os.environ.items() if name not in ("NATS_SERVER", "ETCD_ENDPOINTS")}
     launch = spawn(command, log, environment, signal.SIGINT)

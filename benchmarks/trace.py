@@ -11,8 +11,8 @@ for fewer tokens, and says so in `block_size`.
 """
 
 import gzip
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -63,6 +63,12 @@ def read(
         )
         for line in lines
     ]
+
+
+def window(trace: Sequence[TraceRequest], first: int, requests: int, speedup: float = 1.0) -> list[TraceRequest]:
+    """So many requests of a trace from the `first` on, `speedup` times faster."""
+    part = trace[first : first + requests]
+    return [replace(one, arrival=(one.arrival - part[0].arrival) / speedup) for one in part]
 
 
 def shareable(requests: list[TraceRequest]) -> float:

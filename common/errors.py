@@ -83,6 +83,10 @@ class Unreachable(Unavailable):
     """Nobody took the request, or whoever did has died before it answered: asking another one may help at once."""
 
 
+class Lost(Unreachable):
+    """Whoever had taken the request died, or hangs, before it was done."""
+
+
 class Cancelled(PipelineError):
     """The caller went away."""
 

@@ -83,6 +83,7 @@ class EndpointSpec(Generic[Request, Answer]):
     name: str
     request: type[Request]
     answer: type[Answer]
+    alive: bool = False  # whether the stream says that it goes on while there is nothing else to say
 
     @property
     def path(self) -> str:
@@ -98,6 +99,10 @@ class EndpointSpec(Generic[Request, Answer]):
             case [namespace, component, name] if namespace == NAMESPACE and component and name:
                 return replace(self, component=component, name=name)
         raise StartupError(f"no endpoint is called {path!r}: give one like {NAMESPACE}.guard.process")
+
+
+# An item of a stream that only says that whoever sends it lives, while there is nothing else to say.
+ALIVE: dict[str, Any] = {}
 
 
 class ErrorFields(Message):
@@ -185,6 +190,7 @@ class RoutingDecision(StructMessage, kw_only=True, omit_defaults=True):
     context_length: int | None = None  # tokens of prompt and answer together; None if the worker did not say
     simulated: bool = False
     reasons: list[WorkerCost] = []  # for each candidate, if asked to explain
+    by_load: bool = False  # whether no router chose it, because none answered
 
 
 FIND_WORKER = EndpointSpec("router", "find_worker", FindWorkerRequest, RoutingDecision)
@@ -215,6 +221,7 @@ class WorkerStatus(Message):
     overlap_blocks: int = 0  # of those, the ones that were cached there
     events: int = 0  # batches of KV events received
     lost: int = 0  # times that events were lost for good, and the cache was read again
+    silent_seconds: float | None = None  # since it was heard of, once it is taken for hanging
     last_event_seconds: float | None = None  # since the last one came
     event_lag_seconds: float | None = None  # that it took to come, if the clocks of both machines agree
 

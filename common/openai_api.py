@@ -69,6 +69,7 @@ class ChunkChoice(TokenMessage, kw_only=True):
     delta: Delta
     logprobs: Logprobs | None = None
     finish_reason: str | None = None
+    token_ids: list[int] | UnsetType = UNSET  # that this takes in; for the frontend, which may have to resume
 
 
 class PromptBlocks(TokenMessage, kw_only=True):
@@ -86,6 +87,8 @@ class Routing(TokenMessage, kw_only=True, omit_defaults=True):
     overlap_blocks: int
     overlap_tokens: int | None = None  # what those blocks hold, on the last chunk
     migrations: int = 0  # moves from a worker that failed to this one
+    cached_tokens: int | None = None  # of the prompt, by the worker's own account, if that came with the first chunk
+    by_load: bool = False  # whether no router chose it, because none answered
     prompt: PromptBlocks | None = None  # on the first chunk, for a frontend that records traffic
 
 
@@ -227,8 +230,8 @@ class Text(Message):
     prompt: str
 
 
-PROCESS = EndpointSpec("processor", "process", ChatCompletionRequest, ChatCompletionChunk)
-COMPLETE = EndpointSpec("processor", "complete", CompletionRequest, ChatCompletionChunk)
+PROCESS = EndpointSpec("processor", "process", ChatCompletionRequest, ChatCompletionChunk, alive=True)
+COMPLETE = EndpointSpec("processor", "complete", CompletionRequest, ChatCompletionChunk, alive=True)
 TOKENIZE = EndpointSpec("processor", "tokenize", TokenizeRequest, Tokens)
 DETOKENIZE = EndpointSpec("processor", "detokenize", DetokenizeRequest, Text)
 DESCRIBE_MODEL = EndpointSpec("processor", "describe", DescribeRequest, ModelCard)

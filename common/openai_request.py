@@ -14,6 +14,7 @@ from common.errors import InvalidRequest
 from common.messages import Message
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 STOP_STRINGS = 4  # OpenAI's limit
@@ -206,6 +207,21 @@ class ToolChoice(_Open):
     function: FunctionChoice
 
 
+class AnswerSoFar(Message):
+    """What a client has of an answer."""
+
+    index: int
+    token_ids: list[int]  # whose text was sent; what was held back is not among them
+    finish_reason: str | None = None
+
+
+class Resume(Message):
+    """Asks a processor to go on where another one was lost. Only frontends send it."""
+
+    answers: list[AnswerSoFar]  # those that have begun
+    cached_tokens: int | None = None  # of the prompt, by the account of the worker that began
+
+
 class GenerationRequest(_Body):
     """What requests for chat and for completions have in common."""
 
@@ -244,6 +260,8 @@ class GenerationRequest(_Body):
 
     user: str | None = Field(None, description="The session for routing, if nothing else names one.")
     prompt_cache_key: str | None = Field(None, description="The session for routing, unless x-session-id names it.")
+
+    resume: SkipJsonSchema[Resume | None] = None  # of what another processor has answered; clients cannot say it
 
     # Part of the API and without effect here.
     metadata: dict[str, Any] | None = None

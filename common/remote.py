@@ -3,21 +3,51 @@
 import asyncio
 import logging
 import random
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager, suppress
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, Generic
 
-from common import tracing
-from common.errors import Cancelled, Internal, InvalidRequest, PipelineError, Unavailable, Unreachable, from_exception
-from common.messages import Answer, EndpointSpec, Failure, Request
+from common.errors import (
+    Cancelled,
+    Internal,
+    InvalidRequest,
+    Lost,
+    PipelineError,
+    Unavailable,
+    Unreachable,
+    from_exception,
+)
+from common.messages import ALIVE, Answer, EndpointSpec, Failure, Request
+from common.patience import Hopeless, patient
 
 from dynamo.runtime import Client, Context
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 0.1
-ATTEMPTS = 4  # attempts that share the retry time
+ACK_SECONDS = 0.5  # for an instance to take a request, where there is another one: it needs milliseconds
+SUSPECT_SECONDS = 2.0  # that one is asked last which did not
+
+
+@asynccontextmanager
+async def linked(context: Context, number: int) -> AsyncIterator[Context]:
+    """A context for one more stream of a request, which the runtime would mix up with another one of the same id.
+    0 is the request's own. It stops with that one, and at the end of the block."""
+    if number == 0:
+        yield context
+        return
+    other = context.detached(f"{context.id()}-{number}")
+
+    async def stop_together() -> None:
+        await context.async_killed_or_stopped()
+        other.stop_generating()
+
+    stopping = asyncio.create_task(stop_together())
+    try:
+        yield other
+    finally:
+        stopping.cancel()
+        other.stop_generating()
 
 
 class Remote(Generic[Request, Answer]):
@@ -29,6 +59,8 @@ class Remote(Generic[Request, Answer]):
     def __init__(self, spec: EndpointSpec[Request, Answer], client: Client) -> None:
         self.spec = spec
         self._client = client
+        self._turn = random.randrange(1000)  # so that those who start together do not ask the same ones
+        self._suspected: dict[int, float] = {}  # by instance, until when, on the monotonic clock
 
     def instance_ids(self) -> list[int]:
         """The instances that are registered now."""
@@ -42,48 +74,92 @@ class Remote(Generic[Request, Answer]):
                 await asyncio.wait_for(self._client.wait_for_instances(), timeout=10)
 
     async def stream(
-        self, request: Request, context: Context, instance_ids: Sequence[int] | None = None
+        self,
+        request: Request,
+        context: Context,
+        instance_ids: Sequence[int] | None = None,
+        *,
+        hopeless: Hopeless | None = None,
+        ack_seconds: float | None = None,
     ) -> AsyncGenerator[Answer]:
         """Send `request` to one of `instance_ids`, or of all instances, and yield what it answers.
+
+        hopeless: when to give up waiting for the next message; ack_seconds: when to give up waiting for the last
+        instance to take the request, by default when the runtime does so.
 
         Stopping `context` ends the stream at both ends. Raises PipelineError: what the other side raised, Unavailable
         if it cannot be reached, dies or gives up, Cancelled if `context` was stopped first.
         """
+        taken = False
         try:
             # The runtime tells the other side of a stop only while it is asked for items, or when their stream is
             # dropped. It has no name here, or a traceback that somebody keeps would hold it.
-            async for item in await self._send(request.encode(), context, instance_ids):
-                yield self._decode(item)
+            sending = self._send(request.encode(), context, instance_ids, ack_seconds)
+            async with aclosing(patient(await sending, hopeless)) as items:
+                taken = True
+                async for item in items:
+                    if item != ALIVE:
+                        yield self._decode(item)
             if context.is_stopped():  # then the stream may end as if the answer were complete
                 raise Cancelled("the caller went away")
         except Exception as error:
-            if isinstance(error, PipelineError) and not isinstance(error, Cancelled):
+            if isinstance(error, PipelineError) and not isinstance(error, Cancelled | Lost):
                 raise
             if context.is_stopped():
                 raise Cancelled("the caller went away") from error
             known = from_exception(error)
             if isinstance(known, Cancelled):  # not by us: whoever answered was told to leave
                 raise Unavailable(f"{self.spec.path} abandoned the request") from error
+            if taken and isinstance(known, Unreachable):
+                raise Lost(known.message, code=self._unreachable("").code) from error
             raise known from error
 
-    async def _send(self, body: dict[str, Any], context: Context, instance_ids: Sequence[int] | None) -> Any:
+    async def _send(
+        self,
+        body: dict[str, Any],
+        context: Context,
+        instance_ids: Sequence[int] | None,
+        ack_seconds: float | None,
+    ) -> Any:
         """The stream of answers. Raises Unavailable if nobody took the request."""
-        choices = self.instance_ids() if instance_ids is None else instance_ids
+        choices = self.in_turn(self.instance_ids() if instance_ids is None else instance_ids)
         if not choices:
             name = self.spec.component
             raise self._unreachable(f"nobody serves {self.spec.path}: no {name} is running; try again in a moment")
-        first = random.randrange(len(choices))
-        for instance_id in (*choices[first:], *choices[:first]):
+        for instance_id in choices:
             try:
-                if instance_ids is None:
-                    return await self._client.round_robin(body, annotated=False, context=context)
-                return await self._client.direct(body, instance_id, annotated=False, context=context)
+                async with asyncio.timeout(ack_seconds if instance_id == choices[-1] else ACK_SECONDS):
+                    # By its id, because what chooses among all leaves one out for seconds after a failure, also the
+                    # only one.
+                    stream = await self._client.direct(body, instance_id, annotated=False, context=context)
+                self._suspected.pop(instance_id, None)
+                return stream
+            except TimeoutError:
+                known: PipelineError = Unreachable("it does not take requests")
             except Exception as error:
                 known = from_exception(error)
                 # One that is unavailable has died, which is no reason not to ask another.
                 if not isinstance(known, Unavailable):
                     raise
+            log.debug("instance %d of %s: %s", instance_id, self.spec.path, known)
+            self.suspect(instance_id)
         raise self._unreachable(known.message)
+
+    def in_turn(self, instance_ids: Sequence[int]) -> list[int]:
+        """The order in which to ask: each is first in its turn, and those under suspicion come last."""
+        if len(instance_ids) < 2:
+            return list(instance_ids)
+        self._turn += 1
+        first = self._turn % len(instance_ids)
+        return sorted([*instance_ids[first:], *instance_ids[:first]], key=self.is_suspected)
+
+    def suspect(self, instance_id: int) -> None:
+        """An instance was asked and did not answer: it may hang, or be dead although etcd still lists it."""
+        self._suspected[instance_id] = time.monotonic() + SUSPECT_SECONDS
+
+    def is_suspected(self, instance_id: int) -> bool:
+        """Whether that was a moment ago."""
+        return self._suspected.get(instance_id, 0.0) > time.monotonic()
 
     def _unreachable(self, message: str) -> Unreachable:
         component = self.spec.component
@@ -91,57 +167,15 @@ class Remote(Generic[Request, Answer]):
 
     async def call(self, request: Request, instance_id: int | None = None) -> Answer:
         """Send `request` and return the one message that answers it. Raises PipelineError as `stream` does."""
-        async with self.open(request, instance_id=instance_id) as first:
-            return first
-
-    @asynccontextmanager
-    async def open(
-        self,
-        request: Request,
-        parent: Context | None = None,
-        *,
-        instance_id: int | None = None,
-        retry_seconds: float = 0.0,
-    ) -> AsyncIterator[Answer]:
-        """Send `request`, hand out the first message of the answer, and keep the stream open for as long as the block
-        runs: the other side sees when it ends, however it ends. Raises PipelineError as `stream` does.
-
-        parent: the request on whose behalf this is; its metadata and its trace go along.
-        retry_seconds: how long to go on asking while nobody answers: a program that was restarted is back by then. One
-        that was killed with our request in its hands never answers, so each attempt gets a part of it.
-        """
-        now = asyncio.get_running_loop().time
-        deadline = now() + retry_seconds
-        while True:
-            if parent and parent.is_stopped():
-                raise Cancelled("the caller went away")
-            began = now()
-            context = parent.detached(uuid.uuid4().hex) if parent else Context()
-            items = self.stream(request, context, None if instance_id is None else [instance_id])
-            try:
-                try:
-                    with tracing.span(self.spec.name, context, kind="client"):
-                        first = await self._within(retry_seconds / ATTEMPTS, anext(items))
-                except StopAsyncIteration:
-                    raise Internal(f"{self.spec.path} answered nothing") from None
-                except Unreachable:
-                    if began >= deadline:
-                        raise
-                    await asyncio.sleep(RETRY_SECONDS)
-                    continue
-                yield first
-                return
-            finally:
-                context.stop_generating()
-                await items.aclose()
-
-    async def _within(self, seconds: float, answer: Awaitable[Answer]) -> Answer:
-        """Wait for an answer for so long; 0 is for ever. Raises Unreachable if it does not come."""
+        context = Context()
+        items = self.stream(request, context, None if instance_id is None else [instance_id])
         try:
-            async with asyncio.timeout(seconds or None):
-                return await answer
-        except TimeoutError:
-            raise self._unreachable(f"{self.spec.path} does not answer") from None
+            return await anext(items)
+        except StopAsyncIteration:
+            raise Internal(f"{self.spec.path} answered nothing") from None
+        finally:
+            context.stop_generating()
+            await items.aclose()
 
     def _decode(self, item: Any) -> Answer:
         """Raises the error that `item` carries, or Internal if it is no message of this endpoint."""

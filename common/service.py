@@ -26,14 +26,14 @@ import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext, suppress
 from typing import Any, NoReturn, cast
 from urllib.parse import urlsplit
 
 from common import metrics, tracing
 from common.errors import Cancelled, Internal, PipelineError, StartupError
 from common.log import add_options, log_request, names, set_up
-from common.messages import Answer, EndpointSpec, Failure, Request, TokenMessage
+from common.messages import ALIVE, Answer, EndpointSpec, Failure, Request, TokenMessage
 from common.remote import Remote
 
 import uvloop
@@ -41,6 +41,7 @@ from dynamo.runtime import Context, DistributedRuntime, Endpoint
 
 log = logging.getLogger(__name__)
 
+ALIVE_SECONDS = 1.0  # of silence, after which callers hear that a handler still works
 REGISTER_SECONDS = 0.02  # between looks at whether etcd knows us
 GARBAGE_OBJECTS = 50_000  # allocated and not freed, before a collection of the young ones
 LOOK_SECONDS = 0.05  # between looks at whether requests are still in progress
@@ -188,12 +189,14 @@ class Service:
                     yield Failure.of(Internal(f"{spec.path} failed: {type(error).__name__}: {error}")).encode()
 
         async def push(body: object, context: Context, response_sender: Any) -> AsyncIterator[object]:
-            async with aclosing(answer(body, context)) as messages:
-                async for message in messages:
-                    try:
-                        response_sender.send(message)
-                    except RuntimeError:  # the caller is gone
-                        return
+            send = response_sender.send
+            with _alive(send) if spec.alive else nullcontext(send) as send:
+                async with aclosing(answer(body, context)) as messages:
+                    async for message in messages:
+                        try:
+                            send(message)
+                        except RuntimeError:  # the caller is gone
+                            return
             return
             yield  # never: what the runtime wants is a generator all the same
 
@@ -330,6 +333,33 @@ async def first_of(*events: Awaitable[object], seconds: float | None = None) -> 
     finally:
         for task in tasks:
             task.cancel()
+
+
+@contextmanager
+def _alive(send: Callable[[object], None]) -> Iterator[Callable[[object], None]]:
+    """Send an empty message whenever nothing else was sent for a while."""
+    loop = asyncio.get_running_loop()
+    sent_at = loop.time()
+    timer: asyncio.TimerHandle | None = None
+
+    def send_and_note(message: object) -> None:
+        nonlocal sent_at
+        sent_at = loop.time()
+        send(message)
+
+    def beat() -> None:
+        nonlocal timer
+        timer = loop.call_later(ALIVE_SECONDS, beat)
+        if loop.time() - sent_at >= ALIVE_SECONDS:
+            with suppress(RuntimeError):  # the caller is gone
+                send(ALIVE)
+
+    try:
+        timer = loop.call_later(ALIVE_SECONDS, beat)
+        yield send_and_note
+    finally:
+        if timer:
+            timer.cancel()
 
 
 def _too_late(*_: object, **__: object) -> NoReturn:

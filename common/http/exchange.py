@@ -122,6 +122,8 @@ class Exchange:
         if self.routing:
             headers["x-worker-id"] = quote(self.routing.worker_id, safe=string.punctuation)  # it can have any name
             headers["x-kv-overlap-blocks"] = str(self.routing.overlap_blocks)
+            if self.routing.by_load:
+                headers["x-routed-by"] = "load"
         return headers
 
     @property

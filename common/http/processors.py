@@ -2,19 +2,23 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from common.errors import NotFound, PipelineError, Unavailable
+from common.http.continuation import continued
 from common.messages import DescribeRequest
 from common.openai_api import ChatCompletionChunk, ModelCard
-from common.openai_request import ChatCompletionRequest
+from common.openai_request import ChatCompletionRequest, GenerationRequest
 from common.remote import Remote
 
 from dynamo.runtime import Context
 
 DESCRIBE_SECONDS = 2.0  # for a processor that is new to say what it serves, before a request is told that nobody does
 RETRY_SECONDS = 1.0  # until a processor that could not say is asked again
+SILENT_SECONDS = 5.0  # of a processor, which says every second at least that it lives
+
+Asked = TypeVar("Asked", bound=GenerationRequest)
 
 
 @dataclass(slots=True)
@@ -36,9 +40,15 @@ class Processors:
         self,
         process: Remote[ChatCompletionRequest, ChatCompletionChunk],
         describe: Remote[DescribeRequest, ModelCard],
+        *,
+        moves: int = 3,
+        seconds: float = 10.0,
     ) -> None:
+        """moves: times that an answer may go on at another processor; seconds: to wait for one where there is none."""
         self.process = process
         self._describe = describe
+        self._moves = moves
+        self._seconds = seconds
         self._known: dict[int, _Known] = {}
 
     async def models(self) -> list[ModelCard]:
@@ -68,12 +78,27 @@ class Processors:
         """Whether one has said that it serves a model of this name."""
         return bool(self._serving(model))
 
-    async def stream(self, request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
-        """Yield what a processor of the model answers. Raises PipelineError, as `find` and `Remote.stream` do."""
-        found = await self.find(request.model)
-        async with aclosing(self.process.stream(request, context, list(found))) as chunks:
-            async for chunk in chunks:
-                yield chunk
+    def stream(
+        self,
+        request: Asked,
+        context: Context,
+        remote: Remote[Asked, ChatCompletionChunk] | None = None,
+        *,
+        stage: bool = False,
+    ) -> AsyncGenerator[ChatCompletionChunk]:
+        """Yield what the processors of a model answer at `remote`, by default to a conversation; should one be lost,
+        another one goes on.
+
+        stage: whether `remote` is something before the processors. Raises PipelineError, as `find` and `Remote.stream`
+        do.
+        """
+        asked: Remote[Any, ChatCompletionChunk] = remote or self.process
+
+        async def attempt(rest: Asked, own: Context) -> AsyncGenerator[ChatCompletionChunk]:
+            found = await self.find(rest.model)
+            return asked.stream(rest, own, None if stage else list(found), hopeless=_silent)
+
+        return continued(request, context, attempt, moves=self._moves, seconds=self._seconds)
 
     def _serving(self, model: str) -> dict[int, ModelCard]:
         return {instance_id: card for instance_id, card in self._cards().items() if card.id == model}
@@ -108,3 +133,7 @@ class Processors:
                     known.card = await self._describe.call(DescribeRequest(), instance_id)
             except (PipelineError, TimeoutError):
                 await asyncio.sleep(RETRY_SECONDS)
+
+
+def _silent(silence: float, begun: bool) -> str | None:
+    return f"it has said nothing for {silence:.0f} s" if silence > SILENT_SECONDS else None

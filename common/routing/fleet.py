@@ -73,6 +73,7 @@ class Fleet:
         ]
         if not candidates:
             raise Unavailable(self._nobody(request), code="no_worker")
+        candidates = [one for one in candidates if one.worker.silent_since is None] or candidates
         candidates = [one for one in candidates if one.worker.instance_id == request.beside] or candidates
         for candidate in candidates:
             candidate.peers = candidates
@@ -126,7 +127,8 @@ class Fleet:
             worker_id=worker.name,
             status="joined" if worker.info else "silent",
             model=worker.info.model if worker.info else None,
-            reason=worker.reason,
+            reason=worker.reason if worker.silent_since is None else f"silent since {_clock(worker.silent_since)}",
+            silent_seconds=None if worker.silent_since is None else time.time() - worker.silent_since,
             total_blocks=worker.info.total_blocks if worker.info else None,
             cached_blocks=self.index.blocks(worker.instance_id),
             prefill_blocks=worker.prefill_blocks,
@@ -140,6 +142,10 @@ class Fleet:
             last_event_seconds=None if worker.event_at is None else time.monotonic() - worker.event_at,
             event_lag_seconds=worker.event_lag,
         )
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def describe_request(model: ModelIdentity) -> str:

@@ -72,6 +72,8 @@ class Membership:
                 following.pop(instance_id).cancel()
                 self._streams.pop(instance_id, None)
                 self._fleet.forget(instance_id)
+            for worker in self._fleet.workers.values():
+                worker.check_silence()
             await asyncio.sleep(POLL_SECONDS)
 
     async def _follow(self, instance_id: int) -> None:

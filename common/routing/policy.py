@@ -30,7 +30,7 @@ class Weights:
     prefill_load_scale: float = _weight(1.0, "what a block to compute costs; higher, and first tokens come sooner")
     decode_active_request_weight: float = _weight(0.0, "blocks that each request in progress costs, however long it is")
     router_temperature: float = _weight(0.0, "above 0, draw workers, the cheaper the likelier: less of a herd")
-    decode_load_scale: float = _weight(0.25, "what a block to read costs; Dynamo always takes 1, as one to compute")
+    decode_load_scale: float = _weight(0.05, "what a block to read costs; Dynamo always takes 1, as one to compute")
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
@@ -89,11 +89,12 @@ def kv(candidate: Candidate, weights: Weights) -> float:
     as in Dynamo's KvRouter (lib/kv-router/src/scheduling/selector.rs). The first term is the time until the first
     token, for prefills run one after the other; the second stands for the time of each token after it.
 
-    Two things are different. To read a block is cheaper than to compute it, so `decode_load_scale` is not 1: with 1,
-    one long conversation in progress outweighs all that a worker has cached (benchmarks/routing.py shows the effect).
-    And blocks that the worker is about to compute for another request are as good as cached, and waiting for them costs
-    nothing, because this prompt needs them anyway: so a burst of prompts with the same new prefix computes it once, on
-    one worker, instead of once on each.
+    Three things are different. To read a block is cheaper than to compute it, so `decode_load_scale` is not 1: with 1,
+    one long conversation in progress outweighs all that a worker has cached. Blocks that the worker is about to compute
+    for another request are as good as cached, and waiting for them costs nothing, because this prompt needs them
+    anyway: so a burst of prompts with the same new prefix computes it once, on one worker, instead of once on each.
+    Without that, so small a weight would let all prompts of a kind run to one worker. And what waits gets less as the
+    parts of a long prompt are stored, not only when all of it is. `benchmarks/simulate.py` shows what each is worth.
     """
     worker, blocks, expected = candidate.worker, candidate.prompt.blocks, candidate.expected_blocks
     waiting = max(worker.prefill_blocks - (expected - candidate.overlap_blocks), 0.0)
@@ -151,7 +152,7 @@ class LowestCost:
     async def lease(self, candidates: Sequence[Candidate]) -> AsyncIterator[Candidate]:
         """Choose one, and count the prompt as load on it for as long as the block runs."""
         best = choose(candidates, self._policy, self._weights)
-        with best.worker.lease(best.prompt, best.overlap_blocks, best.expected_blocks):
+        with best.worker.lease(best.prompt, best.overlap_blocks):
             yield best
 
 

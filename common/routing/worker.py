@@ -1,16 +1,22 @@
 """A worker as the router sees it: what it announced, and the load on it."""
 
 import asyncio
+import logging
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from common.kv_events import Lost, Update
 from common.messages import LoadStat, ModelIdentity, WorkerInfo
 
+log = logging.getLogger(__name__)
+
+SILENT_SECONDS = 5.0  # without a report, which come every second
+GAPS = 3  # times its longest silence so far
+HUNG_SECONDS = 30.0  # beyond which no pace is an excuse
 REPORT_SECONDS = 0.5  # a report may still count requests that ended this recently
 
 
@@ -21,13 +27,17 @@ class Prompt:
     sequence_hashes: Sequence[int]  # one per full block, as prefix_index makes them
     blocks: float  # with the part of the last one that is not full
 
+    @property
+    def tail(self) -> float:
+        """The part of the last block that is not full, and so is shared with nobody."""
+        return self.blocks - len(self.sequence_hashes)
+
 
 @dataclass(slots=True, eq=False)
 class Lease:
     """A request in progress on a worker."""
 
     prompt: Prompt
-    prefill: float  # blocks of the prompt still to be computed; 0 once the prefill is done
     prefilled: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -35,40 +45,45 @@ class Worker:
     """One engine. `info` is None for one that announces nothing, which is routed to by load alone.
 
     All load is in KV blocks. It is known from three sources: our own leases, from the moment of the decision; KV
-    events, which say when a prefill is done; and the worker's own reports, which also know of work that others sent
-    and of tokens generated since.
+    events, which say how far their prompts are computed; and the worker's own reports, which also know of work that
+    others sent and of tokens generated since.
     """
 
-    def __init__(self, instance_id: int, info: WorkerInfo | None) -> None:
+    def __init__(self, instance_id: int, info: WorkerInfo | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.instance_id = instance_id
         self.info = info
         self.name = info.worker_id if info else str(instance_id)
+        self._clock = clock
         self._held: Counter[int] = Counter()  # by sequence hash, the leases that a block is in
         self._tails = 0.0  # blocks of leases that are not full, and so shared with nobody
         self._leased = 0.0  # blocks of all leases, shared ones counted for each
         self._ended: deque[tuple[float, float]] = deque()  # when leases ended of late, and their blocks
-        self._prefill = 0.0
+        self._uncomputed: set[int] = set()  # those of them that are not in the cache yet
+        self._uncomputed_tails = 0.0  # of prompts whose prefill is not done
         self._prefilling: dict[int, list[Lease]] = {}  # by the last full block, which ends the prefill
         self._unfinished = 0.0  # blocks of the whole prompts of those
         self._other_prefill = 0.0
         self._other_decode = 0.0
         self.report: LoadStat | None = None  # its last own account
-        self.reported_at = 0.0  # when that came, on the monotonic clock
+        self.reported_at = 0.0  # when that came, on the monotonic clock; 0 if none has
         self.reason: str | None = None  # why it does not fit requests for its own model
-        self.chosen_at = 0.0  # when it got its last request, on the monotonic clock
+        self.chosen_at = 0.0  # when it got its last request, on its clock
         self.requests = 0  # in progress, of those that this router sent here
         self.routed_requests = 0
         self.routed_blocks = 0.0
         self.overlap_blocks = 0
         self.events = 0
         self.lost = 0
-        self.event_at: float | None = None  # when the last event came, on the monotonic clock
+        self.event_at: float | None = None  # when the last event came, on its clock
         self.event_lag: float | None = None  # seconds
+        self.silent_since: float | None = None  # seconds since the epoch
+        self._longest_gap = 0.0  # seconds between two reports
 
     @property
     def prefill_blocks(self) -> float:
-        """Blocks that this worker still has to compute before it can begin with another prompt."""
-        return self._prefill + self._other_prefill
+        """Blocks that this worker still has to compute before it can begin with another prompt. Those that several
+        prompts share count once, and none from when it is stored: engines store a long prompt in parts."""
+        return len(self._uncomputed) + self._uncomputed_tails + self._other_prefill
 
     @property
     def decode_blocks(self) -> float:
@@ -78,7 +93,7 @@ class Worker:
     @property
     def leased(self) -> tuple[float, float]:
         """Blocks to compute, and held, by our leases alone."""
-        return self._prefill, len(self._held) + self._tails
+        return len(self._uncomputed) + self._uncomputed_tails, len(self._held) + self._tails
 
     @property
     def reported(self) -> tuple[float, float] | None:
@@ -109,16 +124,14 @@ class Worker:
         return bisect_left(sequence_hashes, True, key=lambda block: block not in held)
 
     @contextmanager
-    def lease(self, prompt: Prompt, overlap_blocks: int, expected_blocks: int = 0) -> Iterator[Lease]:
+    def lease(self, prompt: Prompt, overlap_blocks: int) -> Iterator[Lease]:
         """Count a request as load on this worker.
 
-        overlap_blocks: leading blocks of the prompt that are in the cache; expected_blocks: that will be by the time
-        that the request's turn comes.
+        overlap_blocks: leading blocks of the prompt that are in the cache.
         """
-        prefill = max(prompt.blocks - max(overlap_blocks, expected_blocks), 0.0)
-        lease = Lease(prompt, prefill)
-        self._add(lease)
-        self.chosen_at = time.monotonic()
+        lease = Lease(prompt)
+        self._add(lease, overlap_blocks)
+        self.chosen_at = self._clock()
         self.routed_requests += 1
         self.routed_blocks += prompt.blocks
         self.overlap_blocks += overlap_blocks
@@ -128,13 +141,14 @@ class Worker:
             self._prefill_done(lease)
             self._remove(lease)
 
-    def _add(self, lease: Lease) -> None:
+    def _add(self, lease: Lease, overlap_blocks: int) -> None:
         prompt = lease.prompt
         self.requests += 1
         self._leased += prompt.blocks
-        self._tails += prompt.blocks - len(prompt.sequence_hashes)
+        self._tails += prompt.tail
         self._held.update(prompt.sequence_hashes)
-        self._prefill += lease.prefill
+        self._uncomputed.update(prompt.sequence_hashes[overlap_blocks:])
+        self._uncomputed_tails += prompt.tail
         self._unfinished += prompt.blocks
         if prompt.sequence_hashes:
             self._prefilling.setdefault(prompt.sequence_hashes[-1], []).append(lease)
@@ -142,13 +156,14 @@ class Worker:
     def _remove(self, lease: Lease) -> None:
         prompt, held = lease.prompt, self._held
         self._forget_ended()
-        self._ended.append((time.monotonic(), prompt.blocks))
+        self._ended.append((self._clock(), prompt.blocks))
         self.requests -= 1
         self._leased -= prompt.blocks
-        self._tails -= prompt.blocks - len(prompt.sequence_hashes)
+        self._tails -= prompt.tail
         for block in prompt.sequence_hashes:
             if held[block] == 1:
                 del held[block]
+                self._uncomputed.discard(block)
             else:
                 held[block] -= 1
         if prompt.sequence_hashes and (waiting := self._prefilling.get(prompt.sequence_hashes[-1])):
@@ -157,20 +172,21 @@ class Worker:
                 del self._prefilling[prompt.sequence_hashes[-1]]
 
     def _forget_ended(self) -> None:
-        while self._ended and self._ended[0][0] < time.monotonic() - REPORT_SECONDS:
+        while self._ended and self._ended[0][0] < self._clock() - REPORT_SECONDS:
             self._ended.popleft()
 
     def _prefill_done(self, lease: Lease) -> None:
         if not lease.prefilled.is_set():
-            self._prefill -= lease.prefill
+            self._uncomputed_tails -= lease.prompt.tail
             self._unfinished -= lease.prompt.blocks
-            lease.prefill = 0.0
             lease.prefilled.set()
 
-    def on_stored(self, sequence_hashes: Iterable[int]) -> None:
-        """Blocks were stored here: the prompts that end with one of them are computed."""
+    def on_stored(self, sequence_hashes: Collection[int]) -> None:
+        """Blocks were stored here, and need no more be computed: a prompt that ends with one of them is done."""
+        self._uncomputed.difference_update(sequence_hashes)
         for block in sequence_hashes:
             for lease in self._prefilling.get(block, ()):
+                self._uncomputed.difference_update(lease.prompt.sequence_hashes)
                 self._prefill_done(lease)
 
     def on_update(self, item: Update | Lost) -> None:
@@ -179,8 +195,29 @@ class Worker:
             self.lost += 1
         elif item.lag is not None:
             self.events += 1
-            self.event_at = time.monotonic()
+            self.event_at = self._clock()
             self.event_lag = item.lag
+
+    def check_silence(self) -> None:
+        """Take it for silent if it was not heard of for long: it hangs, or cannot be reached.
+
+        How long that is depends on its own pace: what is slow reports seldom. One that never reported may be of a kind
+        that does not.
+        """
+        if self.reported_at and self.silent_since is None:
+            silence = self._clock() - self.reported_at
+            if silence > min(max(SILENT_SECONDS, GAPS * self._longest_gap), HUNG_SECONDS):
+                self.silent_since = time.time() - silence
+                log.warning("worker %s is silent: nothing has come from it for %.1f s", self.name, silence)
+
+    def _on_sign_of_life(self) -> None:
+        now = self._clock()
+        if self.reported_at:
+            self._longest_gap = max(self._longest_gap, now - self.reported_at)
+        if self.silent_since is not None:
+            log.info("worker %s speaks again", self.name)
+            self.silent_since = None
+        self.reported_at = now
 
     def on_report(self, stat: LoadStat) -> None:
         """Take in the worker's own account. What it has beyond our leases is work that others sent, and the tokens
@@ -191,7 +228,8 @@ class Worker:
         """
         if self.info is None:
             return
-        self.report, self.reported_at = stat, time.monotonic()
+        self._on_sign_of_life()
+        self.report = stat
         self._forget_ended()
         explained = self._leased + sum(blocks for _, blocks in self._ended)
         waiting, used = self.reported or (0.0, 0.0)

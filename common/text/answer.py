@@ -15,7 +15,7 @@ from common.openai_api import (
     TokenLogprob,
     ToolCallDelta,
 )
-from common.openai_request import GenerationRequest
+from common.openai_request import AnswerSoFar, GenerationRequest
 from common.text.chat_model import ChatModel
 from common.text.detokenizer import Detokenizer
 from common.text.reasoning import Reasoning
@@ -83,6 +83,7 @@ class Answer:
         self.prompt_details: PromptTokensDetails | None = None  # some workers say nothing of it
         self.finish_reason: str | None = None
         # What the next chunk adds.
+        self._token_ids: list[int] = []
         self._text, self._thoughts = begin, ""
         self._calls: list[ToolCallDelta] = []
         self._logprobs: list[TokenLogprob] = []
@@ -98,6 +99,7 @@ class Answer:
         """
         if not self._begun and output.completion_usage:
             self.prompt_details = Usage.received(output.completion_usage).prompt_tokens_details
+        self._token_ids += output.token_ids
         before = self.tokens
         for token_ids in self._portions(output.token_ids):
             self._add_tokens(token_ids)
@@ -171,15 +173,29 @@ class Answer:
             delta.tool_calls = together(calls)
         if not self._begun:
             delta.role = "assistant"
-        choice = ChunkChoice(index=self.index, delta=delta, finish_reason=self.finish_reason)
+        choice = ChunkChoice(index=self.index, delta=delta, finish_reason=self.finish_reason, token_ids=self._token_ids)
         if self._logprobs or (self._wanted_logprobs is not None and not self._begun):
             choice.logprobs = Logprobs(content=self._logprobs)
         chunk = self._completion.chunk([choice])
         if not self._begun and decision:
-            chunk.routing = Routing(worker_id=decision.worker_id, overlap_blocks=decision.overlap_blocks)
+            details = self.prompt_details
+            chunk.routing = Routing(
+                worker_id=decision.worker_id,
+                overlap_blocks=decision.overlap_blocks,
+                cached_tokens=details.cached_tokens if details else None,
+                by_load=decision.by_load,
+            )
         self._begun = True
-        self._text, self._thoughts, self._calls, self._logprobs = "", "", [], []
+        self._text, self._thoughts, self._calls, self._logprobs, self._token_ids = "", "", [], [], []
         return chunk
+
+    def resume(self, so_far: AnswerSoFar, cached_tokens: int | None) -> None:
+        """Be as another one was that had sent this much: what it held back comes again."""
+        self.add(EngineOutput(token_ids=so_far.token_ids), None)
+        self._begun = True
+        self.finish_reason = so_far.finish_reason
+        if cached_tokens is not None:
+            self.prompt_details = PromptTokensDetails(cached_tokens=cached_tokens)
 
 
 def _old_call(calls: Sequence[ToolCallDelta]) -> FunctionDelta | None:

@@ -1,28 +1,36 @@
 """The tokens of an answer, from whichever workers they come."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+import hashlib
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from common import tracing
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, Unavailable
 from common.events import Teller
+from common.log import request_id
 from common.messages import (
     CompletionTokensDetails,
     EngineOutput,
+    FindWorkerRequest,
     GenerateRequest,
+    ModelIdentity,
     OutputOptions,
     RoutingDecision,
     StopConditions,
     Usage,
 )
-from common.openai_api import ChatCompletionChunk, Routing
-from common.openai_request import GenerationRequest
+from common.openai_api import ChatCompletionChunk, PromptBlocks, Routing
+from common.openai_request import AnswerSoFar, GenerationRequest
 from common.text.answer import Answer
 from common.text.chat_model import ChatModel
 
+from dynamo.llm import compute_block_hash_for_seq
 from dynamo.runtime import Context
+from msgspec import UNSET
+
+MAX_SESSION = 128  # characters of a session's name that routers keep; a longer one is hashed
 
 
 class Generation:
@@ -50,6 +58,7 @@ class Generation:
         self.decision: RoutingDecision | None = None  # who answers now
         self.decided = asyncio.Event()
         self.failed: list[int] = []
+        self.victims = 0  # of those, the ones that died, or began to hang, before they had made a token of it
         self.tell: Teller | None = None  # tells those who watch, if they are told of this one
         self.finished = False
 
@@ -69,6 +78,13 @@ class Generation:
         if self.request.seed is None:
             return None
         return (self.request.seed + self.index + 2**63) % 2**64 - 2**63
+
+    def resume(self, so_far: AnswerSoFar) -> None:
+        """Go on after what another processor has sent. Raises Unavailable if that cannot be."""
+        if self.constraint and so_far.token_ids and not so_far.finish_reason:
+            raise Unavailable("a processor was lost in the midst of a form that no other can go on with; try again")
+        self.tokens += so_far.token_ids
+        self.finished = so_far.finish_reason is not None
 
     def add(self, output: EngineOutput) -> None:
         """Take in what a worker says."""
@@ -113,6 +129,25 @@ class Generation:
             )
         return context_length - self.prompt_tokens if limit is None else limit
 
+    def find_worker_request(self, identity: ModelIdentity, context: Context) -> FindWorkerRequest:
+        """What routers are to know. Raises InvalidRequest if the priority is none."""
+        request, metadata = self.request, context.metadata
+        return FindWorkerRequest(
+            model=identity,
+            local_hashes=compute_block_hash_for_seq(self.tokens, identity.block_size),
+            tokens=len(self.tokens),
+            request_id=request_id(context),
+            session=_session(metadata.get("x-session-id") or request.prompt_cache_key or request.user),
+            priority=_priority(metadata.get("x-priority") or "0"),
+            excluded=self.failed,
+            beside=self.beside_instance,
+        )
+
+    def blocks(self, block_size: int) -> PromptBlocks:
+        """The prompt, for a frontend that records traffic."""
+        hashes = compute_block_hash_for_seq(self.tokens[: self.prompt_tokens], block_size)
+        return PromptBlocks(tokens=self.prompt_tokens, block_size=block_size, local_hashes=hashes)
+
     def generate_request(self, model: ChatModel, max_tokens: int) -> GenerateRequest:
         """What a worker is to do: go on after the tokens that are there, with at most so many more."""
         request = self.request
@@ -150,25 +185,19 @@ class Generation:
             )
 
 
-@asynccontextmanager
-async def contexts_of(context: Context, count: int) -> AsyncIterator[list[Context]]:
-    """A context for each of `count` streams, of which the runtime would mix up two that have the same. They stop with
-    `context`, and at the end of the block."""
-    others = [context.detached(f"{context.id()}-{number}") for number in range(1, count)]
+def _session(name: str | None) -> str | None:
+    """A session's name as routers keep it."""
+    if name is None or len(name) <= MAX_SESSION:
+        return name
+    return hashlib.sha256(name.encode()).hexdigest()
 
-    async def stop_together() -> None:
-        await context.async_killed_or_stopped()
-        for other in others:
-            other.stop_generating()
 
-    stopping = asyncio.create_task(stop_together()) if others else None
+def _priority(text: str) -> int:
+    """A request's priority. Raises InvalidRequest if it is none."""
     try:
-        yield [context, *others]
-    finally:
-        if stopping:
-            stopping.cancel()
-        for other in others:
-            other.stop_generating()
+        return int(text)
+    except ValueError as error:
+        raise InvalidRequest("x-priority must be an integer", param="x-priority") from error
 
 
 def check_ids(prompt: Sequence[int], vocabulary: int) -> None:
@@ -194,6 +223,14 @@ def generations_of(
             more = Generation(request, prompt, index=index, constraint=constraint, logprobs=logprobs, beside=first)
             generations.append(more)
     return generations
+
+
+def resume(generations: Sequence[Generation], answers: Sequence[Answer]) -> None:
+    """Have all answers that another processor had begun go on. Raises Unavailable if one of them cannot."""
+    if resumed := generations[0].request.resume:
+        for so_far in resumed.answers:
+            generations[so_far.index].resume(so_far)
+            answers[so_far.index].resume(so_far, resumed.cached_tokens)
 
 
 def usage_of(generations: Sequence[Generation], answers: Sequence[Answer]) -> Usage:
@@ -238,6 +275,7 @@ async def best(
     for chunk in chunks:
         choices, chunk.choices = chunk.choices, []
         for choice in choices:
+            choice.token_ids = UNSET  # it came too late to be resumed
             if choice.index in places:
                 choice.index = places[choice.index]
                 chunk.choices.append(choice)

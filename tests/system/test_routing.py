@@ -89,7 +89,7 @@ def test_a_pause_of_sglang_s_scheduler_takes_nothing_from_what_is_known_of_its_c
     schedulers = [
         child
         for process in pipeline.processes
-        if process.log.stem.startswith("engine-")
+        if process.log.stem.startswith("engine-") and process.popen.poll() is None
         for child in psutil.Process(process.popen.pid).children(recursive=True)
         if child.cmdline()[:1] == ["sglang::scheduler"]
     ]

@@ -110,9 +110,13 @@ class ScriptedProcessors:
         return self
 
     async def stream(
-        self, request: ChatCompletionRequest, context: Context, instance_ids: Sequence[int] | None = None
+        self, request: ChatCompletionRequest, context: Context, remote: Any = None, *, stage: bool = False
     ) -> AsyncGenerator[ChatCompletionChunk]:
-        assert instance_ids in ([1], None)
+        await self.find(request.model)
+        if stage:
+            async for made in remote.stream(request, context):
+                yield made
+            return
         self.requests.append(request)
         self.contexts.append(context)
         async for made in self._play(request, context):

@@ -50,9 +50,6 @@ class LocalClient:
     def instance_ids(self) -> list[int]:
         return list(self.handlers)
 
-    async def round_robin(self, body: Any, annotated: bool, context: Context) -> AsyncIterator[Any]:
-        return await self.direct(body, self.instance_ids()[len(self.bodies) % len(self.handlers)], annotated, context)
-
     async def direct(self, body: Any, instance_id: int, annotated: bool, context: Context) -> AsyncIterator[Any]:
         assert not annotated
         self.bodies.append(body)

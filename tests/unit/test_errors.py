@@ -32,7 +32,7 @@ def hop(error: PipelineError) -> PipelineError:
         def instance_ids(self) -> list[int]:
             return [1]
 
-        async def round_robin(self, *_: object, **__: object) -> AsyncIterator[Any]:
+        async def direct(self, *_: object, **__: object) -> AsyncIterator[Any]:
             async def answer() -> AsyncIterator[Any]:
                 yield sent
 

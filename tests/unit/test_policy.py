@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from common.messages import FindWorkerRequest
@@ -27,6 +28,7 @@ import pytest
 from dynamo.llm import KvRouterConfig
 
 DEFAULT = Weights()
+UNIQUE = count(10**6)
 
 
 @pytest.fixture
@@ -44,8 +46,9 @@ def candidate(worker: Worker, prompt: Prompt, overlap_blocks: int = 0) -> Candid
     return Candidate(worker, request, prompt, overlap_blocks, worker.held_blocks(prompt.sequence_hashes))
 
 
-def prompt(blocks: float = 10, hashes: Sequence[int] = ()) -> Prompt:
-    return Prompt(sequence_hashes(hashes), blocks)
+def prompt(blocks: float = 10, hashes: Sequence[int] | None = None) -> Prompt:
+    """One of these blocks, or of blocks that no other prompt has."""
+    return Prompt(sequence_hashes([next(UNIQUE) for _ in range(int(blocks))] if hashes is None else hashes), blocks)
 
 
 def taken(candidates: list[Candidate], policy: Any = kv, weights: Weights = DEFAULT) -> Worker:
@@ -76,13 +79,13 @@ class TestKv:
 
     def test_a_block_to_read_costs_less_than_one_to_compute(self, leases: ExitStack) -> None:
         busy, idle = workers(2)
-        leases.enter_context(busy.lease(prompt(10), 10))
+        leases.enter_context(busy.lease(prompt(50), 50))  # as much as 2.5 to compute
         assert taken([candidate(busy, prompt(), overlap_blocks=3), candidate(idle, prompt())]) is busy
         assert taken([candidate(busy, prompt(), overlap_blocks=2), candidate(idle, prompt())]) is idle
 
     def test_load_outweighs_a_short_prefix(self, leases: ExitStack) -> None:
         busy, idle = workers(2)
-        leases.enter_context(busy.lease(prompt(8), 8))
+        leases.enter_context(busy.lease(prompt(40), 40))
         short, long = candidate(busy, prompt(), overlap_blocks=1), candidate(busy, prompt(), overlap_blocks=3)
         assert taken([short, candidate(idle, prompt())]) is idle
         assert taken([long, candidate(idle, prompt())]) is busy
@@ -98,7 +101,7 @@ class TestKv:
         for number in range(12):
             sibling = prompt(102, [*range(100), 1000 + number, 2000 + number])
             best = choose([candidate(worker, sibling) for worker in fleet], kv, DEFAULT)
-            leases.enter_context(best.worker.lease(sibling, best.overlap_blocks, best.expected_blocks))
+            leases.enter_context(best.worker.lease(sibling, best.overlap_blocks))
             where.append(best.worker.instance_id)
         assert len(set(where)) == 1
         assert fleet[where[0] - 1].prefill_blocks == 100 + 12 * 2
@@ -109,7 +112,7 @@ class TestKv:
         for number in range(12):
             sibling = prompt(60, [*range(20), *range(100 * (number + 1), 100 * (number + 1) + 40)])
             best = choose([candidate(worker, sibling) for worker in fleet], kv, DEFAULT)
-            leases.enter_context(best.worker.lease(sibling, best.overlap_blocks, best.expected_blocks))
+            leases.enter_context(best.worker.lease(sibling, best.overlap_blocks))
             where[best.worker.instance_id] += 1
         assert set(where.values()) == {3}
 

@@ -19,6 +19,7 @@ from common.events import Feed
 from common.messages import (
     FIND_WORKER,
     GENERATE,
+    WORKERS,
     DescribeRequest,
     EngineOutput,
     Failure,
@@ -33,9 +34,11 @@ from common.openai_api import ChatCompletionChunk, ChunkChoice, Delta, Routing, 
 from common.openai_request import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from common.remote import Remote
 from common.text.generation import Generation, best, generations_of
+from common.text.limits import Limits
+from common.text.routers import Routers
 from common.text.sglang_parsers import ParserNames
 from common.text.token_texts import TokenTexts
-from processor import MIGRATIONS, Processor
+from processor import Processor
 from tests.unit.stand_ins import Handler, LocalClient, identity
 
 import pytest
@@ -81,6 +84,9 @@ class TinyModel:
         return SamplingOptions(**asked)
 
 
+MIGRATIONS = 3
+
+
 class Pipeline:
     """A processor, with a router and engines that play their parts.
 
@@ -93,6 +99,7 @@ class Pipeline:
         context_length: int | None = None,
         coalesce_ms: float = 0.0,
         simulated: bool = False,
+        migration_limit: int = MIGRATIONS,
     ) -> None:
         self._context_length = context_length
         self._simulated = simulated
@@ -100,16 +107,18 @@ class Pipeline:
         self.router = LocalClient({0: self._find_worker})
         self.engines = LocalClient(dict(zip(self._workers, map(play, engines), strict=True)))
         router: Any = self.router
+        nobody: Any = LocalClient({})
         engine: Any = self.engines
         self.model = TinyModel()
         model: Any = self.model
         self.processor = Processor(
             model,
             identity(),
-            router=Remote(FIND_WORKER, router),
+            routers=Routers(Remote(FIND_WORKER, router), Remote(WORKERS, nobody), self.engines.instance_ids, Limits()),
             engines=Remote(GENERATE, engine),
             coalescer=Coalescer(coalesce_ms),
             feed=Feed(9, asyncio.Event().wait),
+            migration_limit=migration_limit,
         )
 
     async def _find_worker(self, body: Any, context: Context) -> AsyncIterator[Any]:
@@ -242,12 +251,14 @@ class TestAnswer:
         ]
         assert [chunk.choices[0].delta.role for chunk in chunks[:-1]] == ["assistant", None]
 
-    def test_only_what_a_client_may_see_is_sent(self) -> None:
+    def test_only_what_a_client_may_see_is_sent_and_what_a_frontend_must_know(self) -> None:
         first, last, counts = (chunk.encode() for chunk in Pipeline([output(A), output(B, finish_reason="eos")]).ask())
         assert first.keys() == {"id", "object", "created", "model", "system_fingerprint", "choices", "routing"}
         assert last.keys() == first.keys() - {"routing"}
         assert counts.keys() == {*first.keys(), "usage"}
-        assert last["choices"] == [{"index": 0, "delta": {"content": "b"}, "logprobs": None, "finish_reason": "stop"}]
+        (choice,) = last["choices"]
+        assert choice.pop("token_ids") == [B]
+        assert choice == {"index": 0, "delta": {"content": "b"}, "logprobs": None, "finish_reason": "stop"}
 
     def test_all_chunks_have_one_fingerprint(self) -> None:
         (fingerprint,) = {chunk.system_fingerprint for chunk in Pipeline([output(A, finish_reason="stop")]).ask()}
@@ -468,13 +479,30 @@ class TestMigration:
 
     def test_but_not_for_ever(self) -> None:
         dies: Script = [output(A), DEAD]
-        pipeline = Pipeline(*[dies] * (MIGRATIONS + 5))
+        pipeline = Pipeline(*[dies] * (MIGRATIONS + 5), migration_limit=MIGRATIONS)
         with pytest.raises(Unavailable):
             pipeline.ask()
         assert len(pipeline.generated) == MIGRATIONS + 1
 
+    def test_or_not_at_all_if_that_is_turned_off(self) -> None:
+        pipeline = Pipeline([output(A), DEAD], [output(B, finish_reason="stop")], migration_limit=0)
+        with pytest.raises(Unavailable):
+            pipeline.ask()
+        assert len(pipeline.generated) == 1
+
+    def test_a_request_that_kills_workers_gets_no_third_one(self) -> None:
+        pipeline = Pipeline([DEAD], [DEAD], [output(A, finish_reason="stop")])
+        with pytest.raises(InvalidRequest, match="died of it") as refusal:
+            pipeline.ask()
+        assert (refusal.value.code, len(pipeline.generated)) == ("engines_lost", 2)
+
+    def test_but_workers_that_had_made_tokens_of_it_died_of_something_else(self) -> None:
+        dies: Script = [output(A), DEAD]
+        pipeline = Pipeline(dies, dies, dies, [output(B, finish_reason="stop")])
+        assert text(pipeline.ask()) == "aaab"
+
     def test_when_all_have_failed_it_is_the_router_who_says_so(self) -> None:
-        pipeline = Pipeline([DEAD], [DEAD])
+        pipeline = Pipeline([output(A), DEAD], [output(A), DEAD])
         with pytest.raises(Unavailable, match="every engine has failed") as refusal:
             pipeline.ask()
         assert refusal.value.code == "no_worker"

@@ -5,9 +5,20 @@ import weakref
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from common.errors import Cancelled, Internal, InvalidRequest, NotFound, Overloaded, PipelineError, Unavailable
+from common import remote
+from common.errors import (
+    Cancelled,
+    Internal,
+    InvalidRequest,
+    Lost,
+    NotFound,
+    Overloaded,
+    PipelineError,
+    Unavailable,
+    Unreachable,
+)
 from common.messages import EndpointSpec, Failure, Message
-from common.remote import ATTEMPTS, Remote
+from common.remote import Remote, linked
 
 import pytest
 from dynamo.runtime import Context
@@ -35,9 +46,6 @@ class Instances:
 
     def instance_ids(self) -> list[int]:
         return list(range(len(self._errors)))
-
-    async def round_robin(self, body: object, annotated: bool, context: Context) -> AsyncIterator[object]:
-        return await self.direct(body, self.sent % len(self._errors), annotated, context)
 
     async def direct(self, body: object, instance_id: int, annotated: bool, context: Context) -> AsyncIterator[object]:
         self.sent += 1
@@ -83,7 +91,7 @@ def test_a_request_that_reached_nobody_goes_to_the_next() -> None:
     ("instances", "error", "sent"),
     [
         (Instances(DEAD, DEAD), Unavailable, 2),
-        (Instances("InvalidRequest: too large", None), InvalidRequest, 1),
+        (Instances("InvalidRequest: too large", "InvalidRequest: too large"), InvalidRequest, 1),
     ],
 )
 def test_it_is_not_sent_for_ever(instances: Instances, error: type[PipelineError], sent: int) -> None:
@@ -115,7 +123,7 @@ def test_a_stream_is_let_go_even_if_the_error_that_ended_it_is_kept() -> None:
             return future
 
     class Instance(Instances):
-        async def direct(self, *_: object) -> Any:
+        async def direct(self, *_: object, **__: object) -> Any:
             self.streamed = weakref.ref(stream := Stream())
             return stream
 
@@ -124,29 +132,107 @@ def test_a_stream_is_let_go_even_if_the_error_that_ended_it_is_kept() -> None:
     assert kept.tb and instance.streamed() is None
 
 
-def first(instances: Any, retry_seconds: float = 0.0, parent: Context | None = None) -> str:
-    async def opened() -> str:
-        async with Remote(SPEC, instances).open(Question(), parent, retry_seconds=retry_seconds) as reply:
-            return reply.text
+def call(instances: Any) -> str:
+    async def called() -> str:
+        return (await Remote(SPEC, instances).call(Question())).text
 
-    return asyncio.run(opened())
-
-
-def test_one_that_never_answers_is_left_for_another() -> None:
-    assert first(Instances(SILENT, None), retry_seconds=0.1) == "first"
-
-
-def test_the_retry_time_ends() -> None:
-    with pytest.raises(Unavailable, match="does not answer"):
-        first(instances := Instances(SILENT), retry_seconds=0.2)
-    assert 1 < instances.sent <= ATTEMPTS + 1
+    return asyncio.run(called())
 
 
 @pytest.mark.parametrize("error", [Unavailable("no engine fits", code="no_worker"), Overloaded("full"), NotFound("x")])
 def test_somebody_who_answered_with_an_error_is_not_asked_again(error: PipelineError) -> None:
     with pytest.raises(type(error), match=error.message):
-        first(instances := Instances(error), retry_seconds=5.0)
+        call(instances := Instances(error, error))
     assert instances.sent == 1
+
+
+class TestOneThatDoesNotTakeRequests:
+    """It hangs, or is dead although etcd still lists it."""
+
+    @pytest.fixture(autouse=True)
+    def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(remote, "ACK_SECONDS", 0.05)
+
+    def test_costs_little_time_where_there_is_another(self) -> None:
+        assert ask(Instances(SILENT, SILENT, None)) == ["first", "second"]
+
+    def test_is_asked_last_from_then_on_for_a_while(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        instances: Any = Instances(SILENT, None, None)
+        asked = Remote(SPEC, instances)
+
+        async def ask_often(times: int) -> None:
+            for _ in range(times):
+                assert [reply.text async for reply in asked.stream(Question(), Context("x"))]
+
+        async def run() -> None:
+            await ask_often(6)
+            assert instances.asked.count(0) == 1
+            monkeypatch.setattr(asked, "_suspected", {})  # as it is when that time is over
+            await ask_often(3)
+            assert instances.asked.count(0) == 2
+
+        asyncio.run(run())
+
+    def test_if_it_is_the_only_one_the_runtime_says_when_to_give_up(self) -> None:
+        class Slow(Instances):
+            async def direct(self, *args: Any, **options: Any) -> AsyncIterator[object]:
+                await asyncio.sleep(0.2)
+                return await super().direct(*args, **options)
+
+        assert ask(Slow(None)) == ["first", "second"]
+
+    def test_or_the_caller(self) -> None:
+        async def run() -> None:
+            stream = Remote(SPEC, Instances(SILENT)).stream(Question(), Context("x"), ack_seconds=0.05)  # type: ignore[arg-type]
+            with pytest.raises(Unreachable) as error:
+                await anext(stream)
+            assert type(error.value) is Unreachable and error.value.code == "no_thing"
+
+        asyncio.run(run())
+
+
+def test_one_that_dies_or_hangs_with_a_request_is_lost_and_no_other_is_asked() -> None:
+    class Dies(Instances):
+        async def _answer(self, error: PipelineError | None, context: Context) -> AsyncIterator[object]:
+            yield {"text": "first"}
+            raise Exception("Unavailable: Stream ended before generation completed")
+
+    with pytest.raises(Lost) as error:
+        ask(instances := Dies(None, None))
+    assert (error.value.code, instances.sent) == ("no_thing", 1)
+
+
+def test_signs_of_life_are_no_messages() -> None:
+    class Waits(Instances):
+        async def _answer(self, error: PipelineError | None, context: Context) -> AsyncIterator[object]:
+            for item in ({}, {"text": "first"}, {}, {}):
+                yield item
+
+    assert ask(Waits(None)) == ["first"]
+
+
+class TestLinkedContexts:
+    def test_the_first_is_the_request_s_own_and_each_other_has_its_id(self) -> None:
+        async def run() -> None:
+            context = Context("x", {"x-request-id": "mine"})
+            async with linked(context, 0) as own, linked(context, 1) as other, linked(context, 2) as third:
+                assert own is context
+                assert len({one.id() for one in (own, other, third)}) == 3
+                assert other.metadata["x-request-id"] == "mine"
+
+        asyncio.run(run())
+
+    def test_they_stop_with_it_and_at_the_end_but_not_it_with_them(self) -> None:
+        async def run() -> None:
+            context = Context("x")
+            async with linked(context, 1) as other:
+                pass
+            assert (other.is_stopped(), context.is_stopped()) == (True, False)
+            async with linked(context, 1) as other:
+                context.stop_generating()
+                await asyncio.wait_for(other.async_killed_or_stopped(), 5)
+
+        asyncio.run(run())
 
 
 def test_some_instances_share_the_requests_and_the_others_get_nothing() -> None:
@@ -186,17 +272,8 @@ def test_what_is_no_message_is_the_other_side_s_fault(item: object) -> None:
         ask(Odd(None))
 
 
-def test_whom_a_call_is_for_goes_along_and_its_id_does_not() -> None:
-    """The runtime tells requests apart by the id of their context."""
-    parent = Context("parent", {"x-request-id": "mine", "x-session-id": "s"})
-    first(instances := Instances(None), parent=parent)
-    (context,) = instances.contexts
-    assert dict(context.metadata) == dict(parent.metadata)
-    assert context.id() != parent.id()
-
-
-def test_an_opened_stream_is_stopped_when_its_block_ends() -> None:
-    first(instances := Instances(None))
+def test_a_called_stream_is_stopped_once_it_has_answered() -> None:
+    call(instances := Instances(None))
     assert instances.contexts[0].is_stopped()
 
 
@@ -207,4 +284,4 @@ def test_an_answer_of_nothing_is_a_fault() -> None:
             yield
 
     with pytest.raises(Internal, match="answered nothing"):
-        first(Empty(None))
+        call(Empty(None))

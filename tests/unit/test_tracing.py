@@ -14,10 +14,8 @@ from common.engines.ports import free_ports
 from common.errors import Cancelled, Internal, Unavailable
 from common.log import names
 from common.messages import EngineOutput
-from common.remote import Remote
 from tests.unit.door import CHAT, Door, raises
 from tests.unit.test_processor import PROMPT, Pipeline
-from tests.unit.test_remote import SPEC, Instances, Question
 
 import pytest
 from dynamo.runtime import Context
@@ -279,15 +277,10 @@ class TestARequest:
         assert (attributes["worker"], attributes["tokens_before"]) == ("w2", 1)
         assert recorded.spans["migration"].parent == recorded.spans["generate"].parent
 
-    def test_asks_as_a_client_until_the_first_answer(self, recorded: Recorded) -> None:
-        async def ask() -> None:
-            instances: Any = Instances(None)
-            async with Remote(SPEC, instances).open(Question(), request()):
-                assert recorded.spans.keys() == {"work"}
-            assert instances.contexts[0].metadata["x-request-id"] == "mine"
-            assert instances.contexts[0].id() != "x"
-
-        asyncio.run(ask())
+    def test_the_question_for_a_worker_is_a_span_that_ends_with_the_answer(self, recorded: Recorded) -> None:
+        Pipeline([{"token_ids": [2], "finish_reason": "stop"}]).ask({"traceparent": TRACEPARENT})
+        asked, answered = recorded.spans["find_worker"], recorded.spans["generate"]
+        assert asked.end_time and answered.start_time and asked.end_time <= answered.start_time
 
 
 class TestHTTP:

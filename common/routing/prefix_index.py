@@ -88,7 +88,9 @@ class PrefixIndex:
         self._tree = RadixTree()
         self._caches: dict[int, _Cache] = {}  # by instance
         self._event_id = 0
-        self.applied = Counter[tuple[str, str]]()  # KV events, by type and by what Dynamo calls what became of them
+        # KV events, by type and by what Dynamo calls what became of them. Of those that come in any case there are none
+        # at first, or whoever collects the counts would miss the first ones.
+        self.applied = Counter({("stored", "ok"): 0, ("removed", "ok"): 0})
 
     def overlaps(self, local_hashes: Sequence[int]) -> dict[int, int]:
         """By instance, how many leading blocks of a prompt it has. One that has none is not in it."""

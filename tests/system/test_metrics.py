@@ -125,6 +125,7 @@ def test_the_dashboard_s_queries_find_something(scraped: Scraped) -> None:
     """All but those about what has not happened."""
 
     def empty() -> list[str]:
+        scraped.load()  # rates are of what happened just now
         return [query for query in QUERIES if not scraped.query(plain(query))]
 
     until(lambda: empty() == [], f"an answer to {empty()}")

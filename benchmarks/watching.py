@@ -3,8 +3,8 @@
 NATS, etcd and the engines stay up. In turns, the programs come up before them, answer what a client sends, and go:
 
   alone     nobody watches
-  seen      somebody has the page open, Prometheus asks every part each second, traffic is recorded, and one request of
-            a hundred is traced
+  seen      somebody has the page open, Prometheus asks every part each second, and traffic is recorded
+  sampled   besides, one request of a hundred is traced
   traced    besides, every request is traced
 
 Prints a Markdown table to standard output: CPU time of the three programs for 1,000 tokens, and the time to the first
@@ -34,7 +34,7 @@ from common.engines.ports import free_ports
 
 from tqdm import tqdm
 
-ALONE, SEEN, TRACED = "alone", "seen", "traced"
+ALONE = "alone"
 SCRAPE_SECONDS = 1.0
 SYSTEM_PORTS = range(18500, 2**15)  # the runtime takes none that is higher
 
@@ -47,14 +47,14 @@ class Watchers:
         (self._collector,) = free_ports(1)
         self._system_ports = list(itertools.islice(filter(_is_free, SYSTEM_PORTS), 3))
 
-    def side(self, name: str, *, share: float) -> Side:
-        """The programs with somebody who watches. share: of the requests that are traced."""
+    def side(self, name: str, *, traced: float = 0.0) -> Side:
+        """The programs with somebody who watches. traced: the share of requests that are."""
         environment = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self._collector}",
             "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
-            "OTEL_TRACES_SAMPLER_ARG": str(share),
+            "OTEL_TRACES_SAMPLER_ARG": str(traced),
         }
-        return Side(name, self._commands, environment, beside=self._watching)
+        return Side(name, self._commands, environment if traced else {}, beside=self._watching)
 
     def _commands(self, port: int, model: Path) -> dict[str, list[str]]:
         commands = ours(port, model)
@@ -118,7 +118,8 @@ def run(args: argparse.Namespace) -> list[Result]:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
         watchers = Watchers(folder)
-        sides = [Side(ALONE, ours), watchers.side(SEEN, share=0.01), watchers.side(TRACED, share=1.0)]
+        sides = [Side(ALONE, ours), watchers.side("seen")]
+        sides += [watchers.side("sampled", traced=0.01), watchers.side("traced", traced=1.0)]
         with tqdm(total=len(sides) * args.alternations * len(points), disable=None) as progress:
             benchmark = Benchmark(args, folder, progress)
             for engines in ENGINES:

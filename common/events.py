@@ -5,6 +5,7 @@ nobody watches, nothing is told, and it costs a look; under load only some reque
 ones.
 """
 
+import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -152,11 +153,13 @@ class Feed:
         """Yield what happens from now on."""
         waiting: list[RequestEvent] = []
         self._watchers.append(waiting)
+        leaving = asyncio.ensure_future(self._stopped())
         try:
-            while not context.is_stopped():
+            while not (context.is_stopped() or leaving.done()):
                 told = waiting.copy()
                 waiting.clear()  # before it is sent: what happens meanwhile is for the next message
                 yield Events(events=told, share=1 / (1 << self._level))
-                await first_of(context.async_killed_or_stopped(), self._stopped(), seconds=BATCH_SECONDS)
+                await first_of(context.async_killed_or_stopped(), asyncio.shield(leaving), seconds=BATCH_SECONDS)
         finally:
+            leaving.cancel()
             self._watchers.remove(waiting)

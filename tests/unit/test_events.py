@@ -101,6 +101,20 @@ def test_nothing_is_made_while_nobody_watches() -> None:
     watched(leave)
 
 
+def test_it_ends_for_those_who_watch_when_the_program_leaves() -> None:
+    async def play() -> None:
+        leaving = asyncio.Event()
+        watcher = Watcher(Feed(INSTANCE, leaving.wait))
+        assert (await watcher.next()).events == []
+        leaving.set()
+        with pytest.raises(StopAsyncIteration):
+            for _ in range(3):
+                await watcher.next()
+        assert not watcher.context.is_stopped()
+
+    asyncio.run(play())
+
+
 def test_a_watcher_reads_what_is_told_under_the_id_of_its_request() -> None:
     async def tell(feed: Feed, watcher: Watcher) -> None:
         teller = feed.teller("request")

@@ -278,7 +278,6 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     workers = Remote(WORKERS, await runtime.endpoint(WORKERS.path).client())
     router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
     engine = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())
-    mortals = Remote(DIE, await runtime.endpoint(DIE.path).client())
     specs = (WATCH_FRONTEND, WATCH_PROCESSOR, WATCH_ROUTER)
     feeds = [Remote(spec, await runtime.endpoint(spec.path).client()) for spec in specs]
     stages: dict[str, Remote[Any, Any]] = {"processor": process, "router": router, "engine": engine}
@@ -305,7 +304,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     metrics = FrontendMetrics(service.registry, processors.serves)
     routes = [status.routes(), Watch(feeds, status, service.stopped, hello).routes(), page.routes(), metrics.routes()]
     if args.demo:
-        routes.append(Demo(mortals).routes())
+        routes.append(Demo(Remote(DIE, await runtime.endpoint(DIE.path).client())).routes())
     observers: list[Observer] = [RequestEvents(feed, show_prompts=args.show_prompts), metrics]
     if args.record:
         observers.append(Recorder(args.record))

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import resource
 import signal
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.picture import draw_chaos
-from benchmarks.pipeline import REPOSITORY, Pipeline, family, launched
+from benchmarks.pipeline import REPOSITORY, Pipeline, family, launched, open_many_files
 from benchmarks.report import table
 from benchmarks.routing import count, factor, machine
 
@@ -48,7 +47,6 @@ FAULTS += ["stop scheduler", "restart engine", "restart router", "restart proces
 SHORT = ["kill engine", "kill processor", "stop router", "stop engine"]
 CALM_SECONDS = 60.0  # for everything to be as before
 SILENCE_SECONDS = 90.0  # after which a client gives up
-FILES = 65536
 
 
 @dataclass(slots=True)
@@ -256,8 +254,7 @@ def main() -> None:
     args = arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     args.output.mkdir(parents=True, exist_ok=True)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES if most == resource.RLIM_INFINITY else min(most, FILES), most))
+    open_many_files()
     results = run(args)
     text = report(args, results)
     faults = [f"{result.fault}: {one.error}" for result in results for one in result.lost[:3]]

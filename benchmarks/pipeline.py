@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ REPOSITORY = Path(__file__).parent.parent
 UP = re.compile(r"(NATS_SERVER)=(\S+) (ETCD_ENDPOINTS)=(\S+)\n")  # in what launch.py says once it is up
 START_SECONDS = 300
 STOP_SECONDS = 60
+FILES = 65536  # that a process may have open: connections, most of all
 CONTEXT_TOKENS = 2**20  # as much as a simulated engine takes
 
 
@@ -88,6 +90,12 @@ def spawn(
             start_new_session=True,  # Ctrl-C reaches the benchmark alone, which then ends what it has started
             preexec_fn=partial(die_with, os.getpid(), last),
         )
+
+
+def open_many_files() -> None:
+    """Let this process and those that it starts have as many connections as the system allows."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES if most == resource.RLIM_INFINITY else min(most, FILES), most))
 
 
 def family(pid: int) -> list[psutil.Process]:

@@ -18,7 +18,6 @@ import http.client
 import itertools
 import json
 import os
-import resource
 import signal
 import statistics
 import subprocess
@@ -38,7 +37,14 @@ from benchmarks.load import BODY, Load, Measured
 from benchmarks.measure import CpuMeter
 from benchmarks.parts import Parts
 from benchmarks.picture import draw_pairs
-from benchmarks.pipeline import REPOSITORY, START_SECONDS, family, seconds_of, simulated_model
+from benchmarks.pipeline import (
+    REPOSITORY,
+    START_SECONDS,
+    family,
+    open_many_files,
+    seconds_of,
+    simulated_model,
+)
 from benchmarks.prompts import Prompts
 from benchmarks.routing import count, factor, machine
 from benchmarks.trace import TraceRequest
@@ -58,7 +64,6 @@ BIN = Path(sys.executable).parent
 DYNAMO = BIN.parent / "ai-dynamo"  # where scripts/install --dev puts the ai-dynamo package
 ANSWER_TOKENS = 100
 LONG_TOKENS = 8000
-FILES = 65536  # that a process may have open: connections, most of all
 WARM_UP = (16, 2.0)  # connections, seconds
 SEED = 8000
 MOCKER = ("--backend", "mocker", "--mocker-blocks", "65536")  # a million tokens, more than 64 long prompts have
@@ -115,9 +120,8 @@ class Benchmark:
 
     def _turn(self, engines: str, side: "Side", points: Sequence[Point]) -> Turn:
         (port,) = free_ports(1)
-        model = side.model or self._model.name
-        if side.model and engines == "sglang":  # which registers its own name
-            model = self._model.name
+        # SGLang's engines register their own name.
+        model = (None if engines == "sglang" else side.model) or self._model.name
         commands = side.commands(port, self._model)
         with self._parts.running(commands, {**self._servers, **side.environment}), side.beside(port):
             self._until_it_answers(side.name, port, model)
@@ -238,8 +242,7 @@ def main() -> None:
     args = arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     args.output.mkdir(parents=True, exist_ok=True)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES if most == resource.RLIM_INFINITY else min(most, FILES), most))
+    open_many_files()
     try:
         comparison = Comparison(run_all(args))
     except KeyboardInterrupt:

@@ -177,6 +177,18 @@ class Remote(Generic[Request, Answer]):
             context.stop_generating()
             await items.aclose()
 
+    async def ask_all(self, request: Request, seconds: float) -> list[Answer]:
+        """What the instances answer to `request`, all asked at once. One that does not in time, because it has died or
+        hangs, is left out."""
+
+        async def ask(instance_id: int) -> Answer | None:
+            with suppress(PipelineError, TimeoutError):
+                async with asyncio.timeout(seconds):
+                    return await self.call(request, instance_id)
+            return None
+
+        return [answer for answer in await asyncio.gather(*map(ask, self.instance_ids())) if answer is not None]
+
     def _decode(self, item: Any) -> Answer:
         """Raises the error that `item` carries, or Internal if it is no message of this endpoint."""
         try:

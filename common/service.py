@@ -91,26 +91,23 @@ def run(main: Callable[[argparse.Namespace], Awaitable[None]], args: argparse.Na
     for number in (signal.SIGTERM, signal.SIGINT):  # nothing is served yet, so nothing has to be finished
         signal.signal(number, lambda *_: sys.exit(0))
 
+    everywhere = os.sched_getaffinity(0)
+    if core := os.environ.get(CORE):
+        os.sched_setaffinity(0, {int(core)})  # before the runtime starts its threads, which inherit it
+
     async def when_ready() -> None:
+        if core:  # what is computed beside the event loop may use the others
+            executor = ThreadPoolExecutor(initializer=os.sched_setaffinity, initargs=(0, everywhere))
+            asyncio.get_running_loop().set_default_executor(executor)
         if os.environ["DYN_REQUEST_PLANE"] == "nats":
             await until_reachable("NATS", os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222"))
         if os.environ["DYN_DISCOVERY_BACKEND"] == "etcd":
             await until_reachable("etcd", os.environ.get("ETCD_ENDPOINTS", "http://127.0.0.1:2379"))
         await main(args)
 
-    everywhere = os.sched_getaffinity(0)
-    if core := os.environ.get(CORE):
-        os.sched_setaffinity(0, {int(core)})  # before the runtime starts its threads, which inherit it
-
-    async def on_its_core() -> None:
-        if core:  # what is computed beside the event loop may use the others
-            executor = ThreadPoolExecutor(initializer=os.sched_setaffinity, initargs=(0, everywhere))
-            asyncio.get_running_loop().set_default_executor(executor)
-        await when_ready()
-
     try:
         with tracing.exporting():
-            uvloop.run(on_its_core())
+            uvloop.run(when_ready())
     except StartupError as error:
         log.error("%s", error)
         return 1

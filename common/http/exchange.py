@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 MAX_NAMES, MAX_NAME = 20, 40  # ignored fields that a header names, and characters of each
 ANSWER_HEADERS = [
-    *("x-request-id", "x-trace-id", "x-worker-id", "x-kv-overlap-blocks", "x-ignored-fields", "retry-after"),
+    *("x-request-id", "x-trace-id", "x-worker-id", "x-kv-overlap-blocks", "x-routed-by", "x-ignored-fields"),
+    "retry-after",
 ]
 METADATA = ("x-session-id", "x-priority")  # headers that go along to every stage
 
@@ -107,12 +108,12 @@ class Exchange:
         return exchange
 
     @property
-    def names(self) -> list[tuple[bytes, bytes]]:
+    def id_headers(self) -> list[tuple[bytes, bytes]]:
         """The response headers that say which request and which trace this is."""
-        names = [(b"x-request-id", self.request_id.encode("ascii"))]
+        headers = [(b"x-request-id", self.request_id.encode("ascii"))]
         if trace := tracing.trace_id(self.context):
-            names.append((b"x-trace-id", trace.encode("ascii")))
-        return names
+            headers.append((b"x-trace-id", trace.encode("ascii")))
+        return headers
 
     @property
     def answer_headers(self) -> dict[str, str]:
@@ -254,7 +255,7 @@ class Exchanges:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message["headers"], *exchange.names]
+                message["headers"] = [*message["headers"], *exchange.id_headers]
             await send(message)
 
         app: ASGIApp = error_response(exchange.error) if isinstance(exchange.error, PipelineError) else self._app

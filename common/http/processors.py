@@ -3,13 +3,13 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from common.errors import NotFound, PipelineError, Unavailable
-from common.http.continuation import continued
+from common.http.continuation import Asked, continued
 from common.messages import DescribeRequest
 from common.openai_api import ChatCompletionChunk, ModelCard
-from common.openai_request import ChatCompletionRequest, GenerationRequest
+from common.openai_request import ChatCompletionRequest
 from common.remote import Remote
 
 from dynamo.runtime import Context
@@ -17,8 +17,6 @@ from dynamo.runtime import Context
 DESCRIBE_SECONDS = 2.0  # for a processor that is new to say what it serves, before a request is told that nobody does
 RETRY_SECONDS = 1.0  # until a processor that could not say is asked again
 SILENT_SECONDS = 5.0  # of a processor, which says every second at least that it lives
-
-Asked = TypeVar("Asked", bound=GenerationRequest)
 
 
 @dataclass(slots=True)

@@ -1,11 +1,9 @@
 """What operators ask a frontend: who is there, and what of them is known."""
 
-import asyncio
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
-from common.errors import PipelineError, Unavailable
+from common.errors import Unavailable
 from common.http.openapi import errors
 from common.messages import Message, RouterStatus, WorkersRequest
 from common.remote import Remote
@@ -53,20 +51,11 @@ class Status:
 
     async def get_workers(self) -> WorkersReport:
         """What each router knows of the workers."""
-        instances = self._routers.instance_ids()
-        if not instances:
+        if not self._routers.instance_ids():
             raise Unavailable("no router is running; try again in a moment", code="no_router")
-        answers = await asyncio.gather(*map(self._ask_router, instances))
-        if not (routers := [answer for answer in answers if answer]):
+        if not (routers := await self._routers.ask_all(WorkersRequest(), ROUTER_SECONDS)):
             raise Unavailable("no router answers; try again in a moment", code="no_router")
         return WorkersReport(routers=routers)
-
-    async def _ask_router(self, instance_id: int) -> RouterStatus | None:
-        """What one router knows; None if it does not say, because it has died or hangs."""
-        with suppress(PipelineError, TimeoutError):
-            async with asyncio.timeout(ROUTER_SECONDS):
-                return await self._routers.call(WorkersRequest(), instance_id)
-        return None
 
     async def get_health(self) -> Response:
         """Whether a request would be answered: 200 if every stage has an instance, else 503."""

@@ -6,10 +6,10 @@ import random
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 
 from common import tracing
-from common.errors import Cancelled, Internal, PipelineError, Unavailable, Unreachable
+from common.errors import Cancelled, Internal, Unavailable, Unreachable
 from common.messages import FindWorkerRequest, RouterStatus, RoutingDecision, WorkersRequest
 from common.patience import Hopeless
 from common.remote import Remote
@@ -156,12 +156,8 @@ class Routers:
             self._looking = asyncio.create_task(self._ask_for_silent())
 
     async def _ask_for_silent(self) -> None:
-        silent: set[int] = set()
-        for instance_id in self._status.instance_ids():
-            with suppress(PipelineError, TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS):
-                    silent |= silent_workers(await self._status.call(WorkersRequest(), instance_id))
-        self._silent = silent
+        answers = await self._status.ask_all(WorkersRequest(), LOOK_SECONDS)
+        self._silent = set[int]().union(*map(silent_workers, answers))
         await asyncio.sleep(LOOK_SECONDS)
 
 

@@ -636,7 +636,9 @@ class TestCors:
         headers = Door(cors_origins=["http://page"]).post(body, headers={"origin": "http://page"}).headers
         assert headers["access-control-allow-origin"] == "http://page"
         exposed = headers["access-control-expose-headers"]
-        assert {name.strip() for name in exposed.split(",")} >= {"x-request-id", "x-worker-id", "x-kv-overlap-blocks"}
+        assert {name.strip() for name in exposed.split(",")} >= {
+            *("x-request-id", "x-worker-id", "x-kv-overlap-blocks", "x-routed-by"),
+        }
 
     @pytest.mark.parametrize("header", [{"x-request-id": "two words"}, {"expect": "wonders"}])
     def test_also_those_to_what_was_refused_at_the_door(self, header: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import weakref
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from common import remote
 from common.errors import (
@@ -209,6 +209,17 @@ def test_signs_of_life_are_no_messages() -> None:
                 yield item
 
     assert ask(Waits(None)) == ["first"]
+
+
+def test_of_all_that_are_asked_those_that_do_not_answer_in_time_are_left_out() -> None:
+    async def run() -> None:
+        instances: Any = Instances(None, DEAD, SILENT, Overloaded("full"), None)
+        answers = await Remote(SPEC, instances).ask_all(Question(), 0.1)
+        assert [answer.text for answer in answers] == ["first", "first"]
+        assert sorted(instances.asked) == [0, 1, 2, 3, 4]
+        assert await Remote(SPEC, cast(Any, Instances())).ask_all(Question(), 0.1) == []
+
+    asyncio.run(run())
 
 
 class TestLinkedContexts:

@@ -23,7 +23,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from common.errors import Cancelled, Internal, InvalidRequest, Unavailable
+from common.errors import Cancelled, Internal, InvalidRequest, Overloaded, Unavailable
 from common.events import WATCH_FRONTEND, WATCH_PROCESSOR, WATCH_ROUTER, Feed
 from common.http import page
 from common.http.body import JsonRoute
@@ -126,7 +126,7 @@ class Frontend:
                 handler,
                 methods=["POST"],
                 response_model=None,
-                responses={**answer(body), **errors(400, 404, 413, 429, 500, 503)},
+                responses={**answer(body), **errors(400, 404, 413, 500, 503)},
                 openapi_extra=PARAMETERS,
             )
         app.add_api_route("/tokenize", self.post_tokenize, methods=["POST"], responses=errors(400, 404, 503))
@@ -269,6 +269,7 @@ class Frontend:
 
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
+    Overloaded.http_status = args.overload_status
     endpoint, events = runtime.endpoint(CHAT_COMPLETIONS.path), runtime.endpoint(WATCH_FRONTEND.path)
     process = Remote(PROCESS, await runtime.endpoint(PROCESS.path).client())
     describe = Remote(DESCRIBE_MODEL, await runtime.endpoint(DESCRIBE_MODEL.path).client())
@@ -336,6 +337,9 @@ def arguments() -> argparse.ArgumentParser:
     options.add_argument("--migration-limit", type=int, default=3, help="times that a request may move to another one")
     options.add_argument(
         "--processor-seconds", type=float, default=30.0, help="to wait for a processor if none is there"
+    )
+    options.add_argument(
+        "--overload-status", type=int, choices=[429, 503, 529], default=503, help="when the engines have too much to do"
     )
     options.add_argument("--strict-fields", action="store_true", help="refuse fields that nobody here knows")
     options.add_argument("--demo", action="store_true", help="let engines be killed from the page")

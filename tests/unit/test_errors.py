@@ -129,7 +129,7 @@ def test_each_kind_says_how_http_sees_it() -> None:
     assert seen == {
         "invalid_request": (400, "invalid_request_error", {}),
         "not_found": (404, "invalid_request_error", {}),
-        "overloaded": (429, "rate_limit_error", again),
+        "overloaded": (503, "rate_limit_error", again),
         "unavailable": (503, "service_unavailable", again),
         "cancelled": (499, "cancelled", {}),
         "internal": (500, "server_error", {}),

@@ -46,7 +46,7 @@ STREAM = {**HELLO, "stream": True}
 EVERY_ERROR = [
     (InvalidRequest("no", param="x", code="c"), 400, None),
     (NotFound("gone"), 404, None),
-    (Overloaded("full"), 429, "1"),
+    (Overloaded("full", retry_seconds=7), 503, "7"),
     (Cancelled("by somebody"), 499, None),
     (Internal("oh"), 500, None),
     (Unavailable("later", code="no_worker"), 503, "1"),
@@ -422,7 +422,7 @@ class TestKeepalive:
         door = Door(keepalive_seconds=60)
         assert door.post(STREAM).text == Door().post(STREAM).text
         assert door.post(STREAM).headers["x-worker-id"] == "w1"
-        assert Door(raises(Overloaded("full")), keepalive_seconds=60).post(STREAM).status_code == 429
+        assert Door(raises(Overloaded("full")), keepalive_seconds=60).post(STREAM).status_code == 503
 
     def test_one_body_has_no_comments(self) -> None:
         async def slow(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
@@ -674,7 +674,7 @@ class TestLog:
             (two_words, {**HELLO, "max_tokens": -1}, 400),
             (two_words, {**HELLO, "model": "x"}, 404),
             (two_words, b" " * (2**25 + 1), 413),
-            (raises(Overloaded("full")), HELLO, 429),
+            (raises(Overloaded("full")), HELLO, 503),
             (raises(Unavailable("later")), HELLO, 503),
             (raises(Unavailable("later"), first_chunk()), STREAM, 503),
             (raises(Internal("oh")), HELLO, 500),
@@ -932,7 +932,7 @@ class TestDocumentation:
     def test_so_are_the_answers(self, path: str, body: str) -> None:
         description = Door().get("/openapi.json").json()
         responses = description["paths"][path]["post"]["responses"]
-        assert responses.keys() >= {"200", "400", "404", "413", "429", "500", "503"}
+        assert responses.keys() >= {"200", "400", "404", "413", "500", "503"}
         events_too = responses["200"]["content"].pop("text/event-stream")
         assert events_too["example"].endswith("data: [DONE]\n\n")
         for status, response in responses.items():

@@ -1,6 +1,7 @@
 """A process of the pipeline: started, watched over, ended."""
 
 import asyncio
+import http.client
 import json
 import os
 import re
@@ -9,12 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
-from urllib.request import urlopen
+from urllib.parse import urlsplit
 
 from common.engines.die_with_parent import die_with
 
@@ -123,11 +124,12 @@ class Part:
 
     def _leave_discovery(self) -> None:
         """Have etcd forget it at once, and not when its lease ends. The id of an instance is that of its lease."""
-        addresses = {**os.environ, **self.environment}.get("ETCD_ENDPOINTS", "")
+        addresses = {**os.environ, **self.environment}.get("ETCD_ENDPOINTS", "").split(",")
         for instance_id in set(_INSTANCE.findall(self._log_text())):
-            with suppress(OSError, ValueError):  # it has left in good order, or etcd is what has died
-                body = json.dumps({"ID": instance_id}).encode()
-                urlopen(f"{addresses.split(',')[0]}/v3/lease/revoke", body, ETCD_SECONDS).close()
+            etcd = http.client.HTTPConnection(urlsplit(addresses[0]).netloc, timeout=ETCD_SECONDS)
+            with closing(etcd), suppress(OSError, http.client.HTTPException):  # else its lease ends by itself
+                etcd.request("POST", "/v3/lease/revoke", json.dumps({"ID": instance_id}))
+                etcd.getresponse()
 
     async def stop(self, seconds: float) -> None:
         """End it with SIGTERM, after `seconds` with SIGKILL, and with it whatever it started."""

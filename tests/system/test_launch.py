@@ -439,14 +439,15 @@ def test_several_frontends_processors_and_routers_share_the_work(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("cores", "processors", "frontends"), [(1, 1, 1), (4, 1, 1), (8, 2, 1), (16, 4, 2), (192, 8, 8)]
+    ("cores", "processors", "frontends", "routers"),
+    [(1, 1, 1, 1), (3, 1, 1, 1), (4, 2, 2, 2), (8, 2, 2, 2), (16, 4, 2, 2), (192, 8, 8, 2)],
 )
 def test_there_are_more_on_a_larger_machine(
-    monkeypatch: pytest.MonkeyPatch, cores: int, processors: int, frontends: int
+    monkeypatch: pytest.MonkeyPatch, cores: int, processors: int, frontends: int, routers: int
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     args = arguments().parse_args([])
-    assert (args.processors, args.frontends, args.routers) == (processors, frontends, 1)
+    assert (args.processors, args.frontends, args.routers) == (processors, frontends, routers)
 
 
 def test_models_get_the_names_they_are_given(tmp_path: Path) -> None:

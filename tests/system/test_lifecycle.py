@@ -229,6 +229,12 @@ def test_health_is_what_becomes_of_a_request(bare: Pipeline, running: dict[str, 
         running["engine"].signal(signal.SIGCONT)
     until(lambda: status("/health/ready")[0] == 200, "an answer")
     assert status("/health") == (200, "")
+    bare.nats.signal(signal.SIGSTOP)
+    try:
+        assert status("/health") == (503, "no processor answers; no router answers")
+    finally:
+        bare.nats.signal(signal.SIGCONT)
+    until(lambda: status("/health")[0] == 200, "health")
     with bare.client() as client:
         assert "time_to_first_token_seconds_count{" not in client.get("/metrics").text  # nobody asked but probes
 

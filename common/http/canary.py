@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from contextlib import aclosing
 from typing import Any
 
 from common.errors import PipelineError
@@ -42,11 +43,10 @@ class Canary:
 
     async def _ask(self, model: str) -> str | None:
         context, finished = Context(uuid.uuid4().hex, {"x-request-id": "canary"}), False
+        answer = self._processors.stream(self._question(model), context, self._remote, stage=self._stage)
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                async for chunk in self._processors.stream(
-                    self._question(model), context, self._remote, stage=self._stage
-                ):
+            async with asyncio.timeout(ANSWER_SECONDS), aclosing(answer) as chunks:
+                async for chunk in chunks:
                     finished = finished or any(choice.finish_reason for choice in chunk.choices)
         except TimeoutError:
             return f"{model} has made no token in {ANSWER_SECONDS:g} s"

@@ -459,6 +459,9 @@ def test_models_get_the_names_they_are_given(tmp_path: Path) -> None:
         for number, model in enumerate(("one", "two")):
             answer = launch.ask(model=model)
             assert (answer.json()["model"], answer.headers["x-worker-id"]) == (model, str(number))
+        launch.part("processor").kill()
+        until(lambda: launch.instances()["processor"] == 1, "the end of one")
+        assert [launch.ask(model=model).status_code for model in ("one", "two", "three")] == [200, 200, 404]
     finally:
         launch.close()
 

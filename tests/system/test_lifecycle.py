@@ -212,21 +212,26 @@ class TestDrainLimit:
                 assert next(line for line in lines if line)
 
 
-def test_health_is_what_becomes_of_a_request(bare: Pipeline, running: dict[str, Process]) -> None:
+def test_health_is_what_becomes_of_a_request(bare: Pipeline) -> None:
+    for program in ("router", "processor", "frontend"):
+        start(bare, program)
+    engine = bare.start("engine", "--backend", "mocker", "--worker-id", "one", env={"ETCD_LEASE_TTL": "90"})
+    bare.wait_for_instances(processor=1, router=1, engine=1)
+
     def status(path: str) -> tuple[int, str]:
         with bare.client() as client:
             answer = client.get(path)
         return answer.status_code, answer.json().get("reason", "")
 
-    assert status("/health/ready") == (200, "")
+    until(lambda: status("/health/ready") == (200, ""), "a token")
     assert status("/health") == (200, "")
-    running["engine"].signal(signal.SIGSTOP)
+    engine.signal(signal.SIGSTOP)
     try:
         until(lambda: status("/health/ready") == (503, f"{bare.model} has made no token in 5 s"), "silence")
         until(lambda: status("/health")[0] == 503, "the router's word")
-        assert f"no engine can be asked for {bare.model}: engine silent since" in status("/health")[1]
+        assert f"no engine can be asked for {bare.model}: one silent since" in status("/health")[1]
     finally:
-        running["engine"].signal(signal.SIGCONT)
+        engine.signal(signal.SIGCONT)
     until(lambda: status("/health/ready")[0] == 200, "an answer")
     assert status("/health") == (200, "")
     bare.nats.signal(signal.SIGSTOP)

@@ -204,6 +204,7 @@ class TestDrainLimit:
                 lines = response.iter_lines()
                 next(lines)
                 running["frontend"].signal()
+                running["frontend"].wait_for("left discovery; finishing 1 requests")
                 start(bare, "frontend", name="second").wait_for("listening on")
                 answer = client.get("/live")  # there it is still served, and sent away
                 assert (answer.status_code, answer.headers["connection"]) == (200, "close")

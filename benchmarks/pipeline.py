@@ -55,7 +55,7 @@ def running(setting: Setting, policy: str, model: Path, folder: Path) -> Iterato
     """Start a pipeline with empty caches, and end it after the block. Its output goes to a file in `folder`."""
     options = ["--backend", "mocker", "--policy", policy, "--model", str(model), "--engines", str(setting.engines)]
     options += ["--block-size", str(setting.block_size), "--mocker-blocks", str(setting.blocks)]
-    options += ["--mocker-speedup", str(setting.engine_speedup)]
+    options += ["--mocker-speedup", str(setting.engine_speedup), "--routers", "1"]
     with launched(options, folder / f"{policy}.log") as pipeline:
         yield pipeline
 

@@ -86,7 +86,11 @@ class Unreachable(Unavailable):
     """Nobody took the request, or whoever did has died before it answered: asking another one may help at once."""
 
 
-class Lost(Unreachable):
+class Abandoned(Unreachable):
+    """Whoever had taken the request leaves, or has gone, before it was done: another one can go on with it."""
+
+
+class Lost(Abandoned):
     """Whoever had taken the request died, or hangs, before it was done."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from common.errors import (
     KINDS,
+    Abandoned,
     Cancelled,
     Internal,
     InvalidRequest,
@@ -76,8 +77,8 @@ def test_one_that_asked_nobody_is_unavailable_to_whoever_asked_for_it() -> None:
     assert type(hop(Unreachable("nobody serves it", code="no_worker"))) is Unavailable
 
 
-def test_one_that_somebody_else_cancelled_is_unavailable() -> None:
-    assert type(hop(Cancelled("told to leave"))) is Unavailable
+def test_one_that_somebody_else_cancelled_is_abandoned() -> None:
+    assert type(hop(Cancelled("told to leave"))) is Abandoned
 
 
 @pytest.mark.parametrize("letter", ["x", "\x01", "日", "😀"])

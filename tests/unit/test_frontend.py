@@ -21,6 +21,7 @@ from common.http import event_stream
 from common.messages import RouterStatus, WorkerStatus
 from common.openai_api import ChatCompletionChunk, Routing
 from common.openai_request import ChatCompletionRequest
+from common.service import Service
 from tests.unit.door import (
     CHAT,
     COMPLETIONS,
@@ -501,11 +502,17 @@ class TestErrors:
         assert answer.status_code == 503
         assert "this server is being stopped" in error_of(answer)["message"]
 
-    def test_a_server_that_is_being_stopped_takes_no_new_request(self) -> None:
+    def test_a_server_that_is_being_stopped_answers_whoever_is_connected(self) -> None:
         door = Door()
         door.service.stop()
+        assert door.post().status_code == 200
+
+    def test_unless_it_has_lost_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Service, "lost", True)
+        door = Door()
         answer = door.post()
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert "this server is being stopped" in error_of(answer)["message"]
         assert door.processors.requests == []
 
     @pytest.mark.parametrize("body", [HELLO, STREAM])
@@ -887,21 +894,6 @@ class TestOtherPaths:
     def test_without_a_processor(self) -> None:
         answer = Door(raises(Unavailable("no processor is running", code="no_processor"))).post()
         assert (answer.status_code, error_of(answer)["code"]) == (503, "no_processor")
-
-    def test_health_is_that_of_every_stage(self) -> None:
-        async def nothing(body: Any, context: Context) -> AsyncIterator[Any]:
-            yield
-
-        healthy = Door(stages={"processor": {1: nothing}, "router": {1: nothing, 2: nothing}})
-        answer = healthy.get("/health")
-        assert answer.status_code == 200
-        assert answer.json() == {"status": "healthy", "instances": {"processor": 1, "router": 2}}
-        answer = Door(stages={"processor": {1: nothing}, "router": {}}).get("/health")
-        assert answer.status_code == 503
-        assert answer.json() == {"status": "unhealthy", "instances": {"processor": 1, "router": 0}}
-        healthy.service.stop()
-        assert healthy.get("/health").status_code == 503
-        assert healthy.get("/live").json() == {"status": "live"}
 
     def test_a_stage_in_between_gets_the_requests_for_models_that_there_are(self) -> None:
         stage = ScriptedProcessors(two_words)

@@ -322,6 +322,7 @@ class Processor:
             [instance_id],
             hopeless=self._routers.hopeless(instance_id),
             ack_seconds=ACK_SECONDS if len(self._engines.instance_ids()) > 1 else None,
+            is_heard=self._routers.is_heard,
         )
 
 

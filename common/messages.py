@@ -230,6 +230,7 @@ class WorkerStatus(Message):
     events: int = 0  # batches of KV events received
     lost: int = 0  # times that events were lost for good, and the cache was read again
     silent_seconds: float | None = None  # since it was heard of, once it is taken for hanging
+    heard_seconds: float | None = None  # since the last report or KV event; None if none has come
     last_event_seconds: float | None = None  # since the last one came
     event_lag_seconds: float | None = None  # that it took to come, if the clocks of both machines agree
 

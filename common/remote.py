@@ -4,8 +4,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Generic
 
 from common.errors import (
@@ -25,6 +26,8 @@ from common.patience import Hopeless, patient
 from dynamo.runtime import Client, Context
 
 log = logging.getLogger(__name__)
+
+IsHeard = Callable[[int], Awaitable[bool]]
 
 ACK_SECONDS = 0.5  # for an instance to take a request, where there is another one: it needs milliseconds
 SUSPECT_SECONDS = 2.0  # that one is asked last which did not
@@ -49,6 +52,19 @@ async def linked(context: Context, number: int) -> AsyncIterator[Context]:
     finally:
         stopping.cancel()
         other.stop_generating()
+
+
+async def _taken(taking: Awaitable[Any], seconds: float | None, is_heard: Callable[[], Awaitable[bool]] | None) -> Any:
+    """The stream of a request, once it was taken. Raises TimeoutError if it is not in time and whoever should take it
+    is not heard of: one with much to do may only be slow."""
+    task = asyncio.ensure_future(taking)
+    try:
+        while not (await asyncio.wait([task], timeout=seconds))[0]:
+            if not (is_heard and await is_heard()):
+                raise TimeoutError
+        return task.result()
+    finally:
+        task.cancel()
 
 
 class Remote(Generic[Request, Answer]):
@@ -82,11 +98,13 @@ class Remote(Generic[Request, Answer]):
         *,
         hopeless: Hopeless | None = None,
         ack_seconds: float | None = None,
+        is_heard: IsHeard | None = None,
     ) -> AsyncGenerator[Answer]:
         """Send `request` to one of `instance_ids`, or of all instances, and yield what it answers.
 
         hopeless: when to give up waiting for the next message; ack_seconds: when to give up waiting for the last
-        instance to take the request, by default when the runtime does so.
+        instance to take the request, by default when the runtime does so; is_heard: whether it was heard of just now,
+        and so is only slow to take it.
 
         Stopping `context` ends the stream at both ends. Raises PipelineError: what the other side raised, Unavailable
         if it cannot be reached, dies or gives up, Cancelled if `context` was stopped first.
@@ -95,7 +113,7 @@ class Remote(Generic[Request, Answer]):
         try:
             # The runtime tells the other side of a stop only while it is asked for items, or when their stream is
             # dropped. It has no name here, or a traceback that somebody keeps would hold it.
-            sending = self._send(request.encode(), context, instance_ids, ack_seconds)
+            sending = self._send(request.encode(), context, instance_ids, ack_seconds, is_heard)
             async with aclosing(patient(await sending, hopeless)) as items:
                 taken = True
                 async for item in items:
@@ -122,6 +140,7 @@ class Remote(Generic[Request, Answer]):
         context: Context,
         instance_ids: Sequence[int] | None,
         ack_seconds: float | None,
+        is_heard: IsHeard | None,
     ) -> Any:
         """The stream of answers. Raises Unavailable if nobody took the request."""
         choices = self.in_turn(self.instance_ids() if instance_ids is None else instance_ids)
@@ -130,10 +149,11 @@ class Remote(Generic[Request, Answer]):
             raise self._unreachable(f"nobody serves {self.spec.path}: no {name} is running; try again in a moment")
         for instance_id in choices:
             try:
-                async with asyncio.timeout(ack_seconds if instance_id == choices[-1] else ACK_SECONDS):
-                    # By its id, because what chooses among all leaves one out for seconds after a failure, also the
-                    # only one.
-                    stream = await self._client.direct(body, instance_id, annotated=False, context=context)
+                # By its id, because what chooses among all leaves one out for seconds after a failure, also the only
+                # one.
+                taking = self._client.direct(body, instance_id, annotated=False, context=context)
+                seconds = ack_seconds if instance_id == choices[-1] else ACK_SECONDS
+                stream = await _taken(taking, seconds, partial(is_heard, instance_id) if is_heard else None)
                 self._suspected.pop(instance_id, None)
                 return stream
             except TimeoutError:

@@ -139,6 +139,7 @@ class Fleet:
             overlap_blocks=worker.overlap_blocks,
             events=worker.events,
             lost=worker.lost,
+            heard_seconds=worker.heard_seconds,
             last_event_seconds=None if worker.event_at is None else time.monotonic() - worker.event_at,
             event_lag_seconds=worker.event_lag,
         )

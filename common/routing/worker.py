@@ -112,6 +112,12 @@ class Worker:
         """Tokens in a block; 0 if it does not say."""
         return self.info.model.block_size if self.info else 0
 
+    @property
+    def heard_seconds(self) -> float | None:
+        """Time since anything came from it; None if nothing has."""
+        heard_at = max(self.reported_at, self.event_at or 0.0)
+        return self._clock() - heard_at if heard_at else None
+
     def serves(self, model_name: str) -> bool:
         """Whether it says that it serves a model of this name."""
         return self.info is not None and self.info.model.name == model_name

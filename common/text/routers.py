@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextman
 
 from common import tracing
 from common.errors import Cancelled, Internal, PipelineError, Unavailable, Unreachable
-from common.messages import FindWorkerRequest, RouterStatus, RoutingDecision, WorkersRequest
+from common.messages import FindWorkerRequest, RouterStatus, RoutingDecision, WorkersRequest, WorkerStatus
 from common.patience import Hopeless
 from common.remote import Remote
 from common.text.limits import Limits
@@ -25,6 +25,7 @@ RESTART_SECONDS = 5.0  # to wait for a router that is restarting, if no worker i
 RETRY_SECONDS = 0.1
 QUIET_SECONDS = 2.0  # of a worker, after which routers are asked about it
 LOOK_SECONDS = 1.0  # between questions to routers
+HEARD_SECONDS = 2.0  # since the last sign of life of a worker, which come every second
 
 
 class Routers:
@@ -48,6 +49,7 @@ class Routers:
         self._requests = Counter[int]()  # by worker, those in progress there of which no router knows
         self._alone = False  # whether the log knows that no router answers
         self._silent: set[int] = set()  # workers that hang, and whose requests others could take
+        self._heard: set[int] = set()  # workers that routers had heard of at the last look
         self._looking: asyncio.Task[None] | None = None
 
     @asynccontextmanager
@@ -166,15 +168,28 @@ class Routers:
 
         return reason
 
-    def _look(self) -> None:
-        """Have routers asked which workers hang."""
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._ask_for_silent())
+    async def is_heard(self, instance_id: int) -> bool:
+        """Whether a router has heard of a worker within the last moments."""
+        await asyncio.shield(self._look())
+        return instance_id in self._heard
 
-    async def _ask_for_silent(self) -> None:
+    def _look(self) -> asyncio.Task[None]:
+        """Have routers asked how the workers are."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._ask_for_workers())
+        return self._looking
+
+    async def _ask_for_workers(self) -> None:
         answers = await self._status.ask_all(WorkersRequest(), LOOK_SECONDS)
         self._silent = set[int]().union(*map(silent_workers, answers))
+        workers = (worker for answer in answers for worker in answer.workers)
+        self._heard = {one.instance_id for one in workers if heard_lately(one)}
         await asyncio.sleep(LOOK_SECONDS)
+
+
+def heard_lately(worker: WorkerStatus) -> bool:
+    """Whether a router has heard of a worker within the last moments."""
+    return worker.heard_seconds is not None and worker.heard_seconds < HEARD_SECONDS
 
 
 def silent_workers(status: RouterStatus) -> set[int]:

@@ -197,6 +197,27 @@ class TestOneThatDoesNotTakeRequests:
 
         asyncio.run(run())
 
+    @pytest.mark.parametrize("heard", [True, False])
+    def test_one_that_is_heard_of_is_only_slow(self, heard: bool) -> None:
+        class Slow(Instances):
+            async def direct(self, *args: Any, **options: Any) -> AsyncIterator[object]:
+                await asyncio.sleep(0.2)
+                return await super().direct(*args, **options)
+
+        async def is_heard(instance_id: int) -> bool:
+            return heard
+
+        async def run() -> None:
+            slow: Any = Slow(None)
+            stream = Remote(SPEC, slow).stream(Question(), Context("x"), ack_seconds=0.05, is_heard=is_heard)
+            if heard:
+                assert [reply.text async for reply in stream] == ["first", "second"]
+            else:
+                with pytest.raises(Unreachable):
+                    await anext(stream)
+
+        asyncio.run(run())
+
 
 def test_one_that_dies_or_hangs_with_a_request_is_lost_and_no_other_is_asked() -> None:
     class Dies(Instances):

@@ -272,3 +272,14 @@ class TestWorkersThatAreGivenUp:
             assert await scene.given_up(1, 101.0, begun=False) == "it has said nothing for 101 s"
 
         asyncio.run(run())
+
+
+def test_a_worker_that_a_router_has_heard_of_lately_is_heard() -> None:
+    async def scenario(scene: Scene) -> None:
+        scene.workers = [
+            WorkerStatus(instance_id=number, worker_id="w", status="joined", heard_seconds=seconds)
+            for number, seconds in ((1, 0.0), (2, 3.0), (3, None))
+        ]
+        assert [await scene.routers.is_heard(number) for number in (1, 2, 3, 4)] == [True, False, False, False]
+
+    play(scenario)

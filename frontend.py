@@ -2,7 +2,7 @@
 
     POST /v1/chat/completions  /v1/completions      streamed or not
     POST /tokenize  /detokenize
-    GET  /v1/models  /v1/models/{id}  /workers  /health  /live  /metrics  /docs
+    GET  /v1/models  /v1/models/{id}  /workers  /health  /health/ready  /live  /metrics  /docs
     inference.frontend.chat_completions             the first for other Dynamo components, always streamed
 
 It checks each request, gives it its id, passes it to a processor of the model that it names, and writes what comes back
@@ -23,10 +23,11 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from common.errors import Cancelled, Internal, InvalidRequest, Unavailable
+from common.errors import Cancelled, Internal, InvalidRequest, Overloaded, Unavailable
 from common.events import WATCH_FRONTEND, WATCH_PROCESSOR, WATCH_ROUTER, Feed
 from common.http import page
 from common.http.body import JsonRoute
+from common.http.canary import Canary
 from common.http.demo import Demo
 from common.http.event_stream import EventStream
 from common.http.events import RequestEvents
@@ -126,7 +127,7 @@ class Frontend:
                 handler,
                 methods=["POST"],
                 response_model=None,
-                responses={**answer(body), **errors(400, 404, 413, 429, 500, 503)},
+                responses={**answer(body), **errors(400, 404, 413, 500, 503)},
                 openapi_extra=PARAMETERS,
             )
         app.add_api_route("/tokenize", self.post_tokenize, methods=["POST"], responses=errors(400, 404, 503))
@@ -161,7 +162,7 @@ class Frontend:
     async def _answer(
         self, remote: Remote[Any, ChatCompletionChunk], completion_request: GenerationRequest, context: Context
     ) -> AsyncGenerator[ChatCompletionChunk]:
-        if self._service.stopping:
+        if self._service.lost:
             raise Unavailable("this server is being stopped; try again in a moment")
         stream = self._processors.stream(completion_request, context, remote, stage=remote is self._stage)
         answered = False
@@ -269,6 +270,7 @@ class Frontend:
 
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
+    Overloaded.http_status = args.overload_status
     endpoint, events = runtime.endpoint(CHAT_COMPLETIONS.path), runtime.endpoint(WATCH_FRONTEND.path)
     process = Remote(PROCESS, await runtime.endpoint(PROCESS.path).client())
     describe = Remote(DESCRIBE_MODEL, await runtime.endpoint(DESCRIBE_MODEL.path).client())
@@ -297,7 +299,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
         keepalive_seconds=args.keepalive_seconds,
         strict_fields=args.strict_fields,
     )
-    status = Status(stages, workers, lambda: service.stopping)
+    status = Status(stages, workers, processors, Canary(processors, complete, stage), lambda: service.stopping)
     # What is seen of the pipeline from outside, beside the path of requests.
     feed = Feed(endpoint.connection_id(), service.stopped)
     hello = {"frontend": feed.instance_id, "prompts": args.show_prompts, "demo": args.demo}
@@ -309,13 +311,15 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     if args.record:
         observers.append(Recorder(args.record))
     app = frontend.app(args.cors_origin, routes, observers, RuntimeParent(runtime, service))
-    # Around the service: while that waits for the requests in progress, they still have their connections.
-    async with listening(app, args.host, args.port, reuse_port=args.reuse_port), service:
+    async with service, listening(app, args.host, args.port, service.stopped, reuse_port=args.reuse_port):
         service.add(events, WATCH_FRONTEND, feed.watch)
         service.add(endpoint, CHAT_COMPLETIONS, frontend.chat_completions)
         await service.serve()
         await service.wait_for(*stages.values())
         await service.stopped()
+        if service.lost:  # nobody will be found any more
+            processors.seconds = 0.0
+        await service.drain()  # while the requests in progress have their connections
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -336,6 +340,9 @@ def arguments() -> argparse.ArgumentParser:
     options.add_argument("--migration-limit", type=int, default=3, help="times that a request may move to another one")
     options.add_argument(
         "--processor-seconds", type=float, default=30.0, help="to wait for a processor if none is there"
+    )
+    options.add_argument(
+        "--overload-status", type=int, choices=[429, 503, 529], default=503, help="when the engines have too much to do"
     )
     options.add_argument("--strict-fields", action="store_true", help="refuse fields that nobody here knows")
     options.add_argument("--demo", action="store_true", help="let engines be killed from the page")

@@ -21,6 +21,7 @@ import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Protocol
 
 from common.events import WATCH_ROUTER, Decided, Feed
@@ -42,8 +43,9 @@ from common.routing.fleet import Fleet
 from common.routing.membership import Membership
 from common.routing.metrics import RouterMetrics
 from common.routing.overlap_watch import OverlapWatch
-from common.routing.policy import POLICIES, Candidate, LowestCost, Weights
+from common.routing.policy import POLICIES, Candidate, LowestCost, Weights, choose, kv
 from common.routing.prefix_index import sequence_hashes
+from common.routing.queue import Queue, QueueOptions, Queues
 from common.routing.worker import Prompt
 from common.service import Service, first_of, parser, run
 
@@ -68,6 +70,7 @@ class Router:
         chooser: Chooser,
         *,
         policy: str,
+        queues: Queues,
         feed: Feed,
         metrics: RouterMetrics,
         stopped: Callable[[], Awaitable[None]],
@@ -76,6 +79,7 @@ class Router:
         self._membership = membership
         self._chooser = chooser
         self._policy = policy
+        self._queues = queues
         self._feed = feed
         self._metrics = metrics
         self._stopped = stopped
@@ -84,12 +88,13 @@ class Router:
     async def find_worker(self, request: FindWorkerRequest, context: Context) -> AsyncIterator[RoutingDecision]:
         """Yield the decision, then hold it as load on the worker until the caller ends the stream or dies.
 
-        Raises Unavailable if no worker fits.
+        Raises Unavailable if no worker fits, Overloaded if the prompt would have to wait too long for one.
         """
         await self._membership.settled()
         began = self._metrics.on_asked()
         prompt = Prompt(sequence_hashes(request.local_hashes), request.tokens / request.model.block_size)
-        candidates = self._fleet.candidates(request, prompt)
+        find = partial(self._fleet.candidates, request, prompt)
+        candidates, waited = await self._queues.of(request.model).turn(request, find, context.is_stopped)
         watch = self._watches[request.model.name]
         found = any(candidate.overlap_blocks for candidate in candidates)
         watch.on_asked(prompt, found, [candidate.worker for candidate in candidates])
@@ -101,7 +106,7 @@ class Router:
                 cost.cost = candidate.cost
             if tell:
                 tell(self._decided(best, costs))
-            self._metrics.on_decided(candidates, best, began)
+            self._metrics.on_decided(candidates, best, began + waited)
             self._fleet.remember(request, best.worker.instance_id)
             log_request(
                 log,
@@ -110,8 +115,9 @@ class Router:
                 worker=best.worker.name,
                 prompt_blocks=round(prompt.blocks, 1),
                 overlap_blocks=best.overlap_blocks,
+                waited_ms=round(1000 * waited, 1) or None,
             )
-            yield decision(best, costs if request.explain else ())
+            yield best.decision(costs if request.explain else ())
             await first_of(context.async_killed_or_stopped(), self._stopped())
         watch.on_finished(prompt)
 
@@ -130,31 +136,20 @@ class Router:
         yield RouterStatus(
             router=int(self._feed.instance_id),
             policy=self._policy,
+            waiting=self._queues.waiting,
             workers=self._fleet.status(),
             unserved=list(self._fleet.unserved.values()),
         )
 
 
-def decision(best: Candidate, reasons: Sequence[WorkerCost] = ()) -> RoutingDecision:
-    """The answer for the chosen candidate, with the costs of those that are to be explained."""
-    return RoutingDecision(
-        instance_id=best.worker.instance_id,
-        worker_id=best.worker.name,
-        overlap_blocks=best.overlap_blocks,
-        cost=best.cost,
-        context_length=best.worker.info.context_length if best.worker.info else None,
-        simulated=best.worker.info is not None and best.worker.info.simulated,
-        reasons=list(reasons),
-    )
-
-
-def chooser_of(policy: str, weights: Weights, fleet: Fleet) -> Chooser:
-    """What chooses by the policy of this name."""
+def chooser_of(policy: str, weights: Weights, queue: QueueOptions, fleet: Fleet) -> tuple[Chooser, Queues]:
+    """What chooses by the policy of this name, and the queues before it."""
+    best = partial(choose, policy=POLICIES.get(policy, kv), weights=weights)
     if policy == "dynamo":
         from common.routing.dynamo_policy import DynamoPolicy
 
-        return DynamoPolicy(fleet, weights)
-    return LowestCost(POLICIES[policy], weights)
+        return DynamoPolicy(fleet, weights), Queues(partial(Queue, QueueOptions(0), fleet.workers.values, best))
+    return LowestCost(best), Queues(partial(Queue, queue, fleet.workers.values, best))
 
 
 @dynamo_worker()
@@ -166,16 +161,17 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     cache = Remote(CACHE, await runtime.endpoint(CACHE.path).client())
     fleet = Fleet()
     membership = Membership(fleet, engines=engines, describe=describe, cache=cache)
-    weights = Weights.of(args)
+    chooser, queues = chooser_of(args.policy, Weights.of(args), QueueOptions.of(args), fleet)
     async with Service(runtime, drain_seconds=args.drain_seconds) as service:
         feed = Feed(find_worker.connection_id(), service.stopped)
         router = Router(
             fleet,
             membership,
-            chooser_of(args.policy, weights, fleet),
+            chooser,
             policy=args.policy,
+            queues=queues,
             feed=feed,
-            metrics=RouterMetrics(service.registry, fleet, feed.instance_id),
+            metrics=RouterMetrics(service.registry, fleet, feed.instance_id, lambda: queues.waiting),
             stopped=service.stopped,
         )
         service.add(events, WATCH_ROUTER, feed.watch)
@@ -194,6 +190,7 @@ def arguments() -> argparse.ArgumentParser:
         "--policy", choices=[*POLICIES, "dynamo"], default="kv", help="dynamo: its own scheduler, to compare with"
     )
     Weights.add_options(options)
+    QueueOptions.add_options(options)
     return options
 
 

@@ -1,13 +1,14 @@
 """Kills, stops and restarts parts of a pipeline under load, and counts what is lost.
 
-Starts the pipeline with two routers and two processors (or as the options say), sends requests from many clients at
-once, and lets one fault after the other happen to it. A request is lost if its answer does not come whole, and wrong if
-its text is not the one that the same request got when nothing happened; simulated engines make their tokens up, so of
-them only the number is compared. Prints a Markdown table, and writes a picture and a JSON beside each other. Ends with
-1 if anything was lost or wrong.
+Starts the pipeline with two routers, processors and frontends (or as the options say), sends requests from many
+clients at once, and lets one fault after the other happen to it. A request is lost if its answer does not come whole,
+and wrong if its text is not the one that the same request got when nothing happened; simulated engines make their
+tokens up, so of them only the number is compared. Prints a Markdown table, and writes a picture and a JSON beside each
+other. Ends with 1 if anything was lost or wrong.
 
 Faults: kill (SIGKILL), stop (SIGSTOP, and SIGCONT after a while) or restart (SIGTERM) of engine, scheduler (SGLang's
-own process), router, processor, nats or etcd. What is killed or has ended, launch.sh starts again.
+own process), router, processor, frontend, nats or etcd. What is killed or has ended, launch.sh starts again. "stop
+machine" is all of them asleep at once, "restart each" one program after the other until all have been, under load.
 """
 
 import argparse
@@ -38,12 +39,15 @@ PARTS = {
     "scheduler": "sglang::scheduler",
     "router": "router.py",
     "processor": "processor.py",
+    "frontend": "frontend.py",
     "nats": "nats-server",
     "etcd": "etcd",
+    "machine": "",
 }
+PROGRAMS = ("router", "engine", "processor", "frontend")
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "restart": signal.SIGTERM}
 FAULTS = [f"{what} {part}" for part in ("engine", "router", "processor", "nats", "etcd") for what in ("kill", "stop")]
-FAULTS += ["stop scheduler", "restart engine", "restart router", "restart processor"]
+FAULTS += ["stop scheduler", "stop machine", *(f"restart {part}" for part in (*PROGRAMS, "each"))]
 SHORT = ["kill engine", "kill processor", "stop router", "stop engine"]
 CALM_SECONDS = 60.0  # for everything to be as before
 SILENCE_SECONDS = 90.0  # after which a client gives up
@@ -82,10 +86,13 @@ class Result:
 class Chaos:
     """A pipeline, and what happens to it."""
 
-    def __init__(self, pipeline: Pipeline, args: argparse.Namespace, progress: "tqdm[Any]") -> None:
+    def __init__(self, pipeline: Pipeline, args: argparse.Namespace, progress: "tqdm[Any]", log: Path) -> None:
+        """log: of launch.sh, which says when a part is ready again."""
         self._pipeline = pipeline
         self._args = args
         self._progress = progress
+        self._log = log
+        self._rolling = False
         self._expected: dict[str, str] = {}
 
     async def run(self) -> list[Result]:
@@ -104,7 +111,7 @@ class Chaos:
     async def _fault(self, fault: str) -> Result:
         self._progress.set_postfix_str(fault)
         result, began = Result(fault), time.monotonic()
-        numbers = iter(range(self._args.requests))
+        numbers = itertools.takewhile(lambda number: number < self._args.requests or self._rolling, itertools.count())
         clients = [asyncio.create_task(self._client(numbers, result, began)) for _ in range(self._args.clients)]
         if fault != "nothing":
             for _ in range(self._args.times):
@@ -122,10 +129,30 @@ class Chaos:
 
     async def _happen(self, fault: str) -> None:
         what, part = fault.split()
-        process = next(self._processes(part))
-        process.send_signal(SIGNALS[what])
-        if what == "stop":
-            asyncio.get_running_loop().call_later(self._args.stopped, _go_on, process)
+        if part == "each":
+            await self._roll()
+            return
+        processes = list(self._processes(part))
+        for process in processes if part == "machine" else processes[:1]:
+            process.send_signal(SIGNALS[what])
+            if what == "stop":
+                asyncio.get_running_loop().call_later(self._args.stopped, _go_on, process)
+
+    async def _roll(self) -> None:
+        """Restart each program, the next one once the one before is back. Raises SystemExit if one does not come."""
+        self._rolling = True
+        for process in [process for part in PROGRAMS for process in self._processes(part)]:
+            ready, deadline = self._ready(), time.monotonic() + CALM_SECONDS
+            process.send_signal(SIGNALS["restart"])
+            while self._ready() == ready:
+                if time.monotonic() > deadline:
+                    raise SystemExit(f"{CALM_SECONDS:g} s later a part is not back:\n{self._log.read_text()[-3000:]}")
+                await asyncio.sleep(0.1)
+        self._rolling = False
+
+    def _ready(self) -> int:
+        """How often parts became ready."""
+        return self._log.read_text(errors="replace").count(" is ready")
 
     def _processes(self, part: str) -> Iterator[psutil.Process]:
         """Those of a part. Raises SystemExit if there is none."""
@@ -186,7 +213,7 @@ class Chaos:
         deadline = time.monotonic() + CALM_SECONDS
         while True:
             health = await self._health()
-            busy = await self._busy()
+            busy = await self._busy() if health else None
             if health.get("status") == "healthy" and health["instances"] == self._instances and busy == 0:
                 return
             if time.monotonic() > deadline:
@@ -194,9 +221,11 @@ class Chaos:
             await asyncio.sleep(0.1)
 
     async def _health(self) -> dict[str, Any]:
-        async with self._session.get("/health") as response:
-            health: dict[str, Any] = await response.json()
-            return health
+        with suppress(aiohttp.ClientError):  # the frontend is being started again
+            async with self._session.get("/health") as response:
+                health: dict[str, Any] = await response.json()
+                return health
+        return {}
 
     async def _busy(self) -> int | None:
         """Requests that routers count as in progress; None if they do not say."""
@@ -234,17 +263,17 @@ def report(args: argparse.Namespace, results: Sequence[Result]) -> str:
 
 def run(args: argparse.Namespace) -> list[Result]:
     options = ["--backend", args.backend, "--engines", str(args.engines), "--processors", str(args.processors)]
-    options += ["--routers", str(args.routers)]
+    options += ["--routers", str(args.routers), "--frontends", str(args.frontends)]
     if args.backend == "mocker":
         options += ["--mocker-speedup", str(args.speedup)]
     total = args.requests * (1 + len(args.faults))
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
         tqdm(total=total, disable=None) as progress,
-        launched(options, Path(folder) / "launch.log") as pipeline,
+        launched(options, log := Path(folder) / "launch.log") as pipeline,
     ):
         try:
-            return asyncio.run(Chaos(pipeline, args, progress).run())
+            return asyncio.run(Chaos(pipeline, args, progress, log).run())
         finally:
             for process in family(pipeline.process.pid):
                 _go_on(process)
@@ -271,7 +300,7 @@ def main() -> None:
 def fault(text: str) -> str:
     """For argparse: what happens to what."""
     what, _, part = text.partition(" ")
-    if what not in SIGNALS or part not in PARTS:
+    if text not in FAULTS and (what not in SIGNALS or part not in PARTS or part == "machine"):
         raise argparse.ArgumentTypeError(f"no such fault: {text}; they are {', '.join(FAULTS)}")
     return text
 
@@ -287,6 +316,7 @@ def arguments() -> argparse.Namespace:
     add("--engines", type=count, default=3)
     add("--routers", type=count, default=2)
     add("--processors", type=count, default=2)
+    add("--frontends", type=count, default=2)
     add("--clients", type=count, default=32, help="that ask at once")
     add("--requests", type=count, default=400, help="for each fault")
     add("--prompts", type=count, default=50, help="different ones among them")

@@ -1,7 +1,7 @@
 """A router before simulated engines, in virtual time: the router's own accounts, policies and choice."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +12,9 @@ from benchmarks.virtual import UNSIGNED, Engine, Request, Timeline
 from common.kv_events import Change
 from common.messages import FindWorkerRequest, LoadStat, ModelIdentity, WorkerInfo
 from common.routing.fleet import Fleet
-from common.routing.policy import POLICIES, Candidate, Policy, Weights, choose
+from common.routing.policy import POLICIES, Candidate, Weights, choose
 from common.routing.prefix_index import sequence_hashes
+from common.routing.queue import Queue, QueueOptions, Waiting
 from common.routing.worker import Lease, Prompt, Worker
 
 REPORT_SECONDS = 0.1  # between looks of an engine of ours at what it is doing
@@ -114,21 +115,45 @@ def requests_of(trace: Sequence[TraceRequest], block_size: int) -> list[Request]
 class Router:
     """Decides as router.py does, in virtual time."""
 
-    def __init__(self, policy: Policy, weights: Weights, workers: Sequence[Worker], model: ModelIdentity) -> None:
+    def __init__(
+        self,
+        choose: Callable[[Sequence[Candidate]], Candidate],
+        queue: QueueOptions,
+        workers: Sequence[Worker],
+        model: ModelIdentity,
+        clock: Callable[[], float],
+    ) -> None:
         self.fleet = Fleet()
         for worker in workers:
             self.fleet.add(worker)
-        self._policy = policy
-        self._weights = weights
+        self._choose = choose
+        self._queue = Queue(queue, self.fleet.workers.values, choose, clock)
+        self._waiting: dict[Waiting, Request] = {}
         self._model = model
         self._leases: dict[Request, ExitStack] = {}
 
-    def take(self, request: Request) -> int:
-        """Count a request as load on the worker that is chosen for it, and return which."""
+    def ask(self, request: Request) -> Iterator[tuple[Request, int]]:
+        """A request has come. Yield those that go to workers now, and to which."""
         asked = FindWorkerRequest.model_construct(
             model=self._model, local_hashes=request.local_hashes, tokens=request.tokens, excluded=[]
         )
-        best = choose(self.fleet.candidates(asked, request.prompt), self._policy, self._weights)
+        find = partial(self.fleet.candidates, asked, request.prompt)
+        candidates = find()
+        if waiting := self._queue.admit(asked, find, candidates):
+            self._waiting[waiting] = request
+        else:
+            yield request, self._take(request, candidates)
+        yield from self.take()
+
+    def take(self) -> Iterator[tuple[Request, int]]:
+        """Yield the requests whose turn it is, and the workers that they go to."""
+        while waiting := self._queue.next():
+            request = self._waiting.pop(waiting)
+            yield request, self._take(request, waiting.find())
+
+    def _take(self, request: Request, candidates: Sequence[Candidate]) -> int:
+        """Count a request as load on the worker that is chosen for it."""
+        best = self._choose(candidates)
         lease = self._leases[request] = ExitStack()
         lease.enter_context(best.worker.lease(best.prompt, best.overlap_blocks))
         return best.worker.instance_id
@@ -146,7 +171,9 @@ class Router:
 class Cluster:
     """Routers and engines that share a timeline."""
 
-    def __init__(self, policy: str, conditions: Conditions, weights: Weights | None = None) -> None:
+    def __init__(
+        self, policy: str, conditions: Conditions, weights: Weights | None = None, queue: QueueOptions | None = None
+    ) -> None:
         self._conditions = conditions
         self._timeline = Timeline()
         self._engines = [
@@ -164,10 +191,13 @@ class Cluster:
         kind = DynamoWorker if policy == "dynamo" else Worker
         self._routers = [
             Router(
-                dynamo if policy == "dynamo" else POLICIES[policy],
-                weights or Weights(),
+                partial(
+                    choose, policy=dynamo if policy == "dynamo" else POLICIES[policy], weights=weights or Weights()
+                ),
+                QueueOptions(0) if policy == "dynamo" else queue or QueueOptions(),
                 [kind(number, self._info(number, model), self._timeline.clock) for number in range(len(self._engines))],
                 model,
+                self._timeline.clock,
             )
             for _ in range(conditions.routers)
         ]
@@ -201,18 +231,27 @@ class Cluster:
         return self._figures(requests)
 
     def _route(self, request: Request) -> None:
-        self._engines[self._router_of[request].take(request)].submit(request)
+        self._send(self._router_of[request].ask(request))
+
+    def _send(self, taken: Iterable[tuple[Request, int]]) -> None:
+        for request, number in taken:
+            self._engines[number].submit(request)
 
     def _tell(self, number: int, changes: Sequence[Change]) -> None:
         for router in self._routers:
-            learn = partial(router.learn, number, changes)
             if self._conditions.event_lag:
-                self._timeline.after(self._conditions.event_lag, learn)
+                self._timeline.after(self._conditions.event_lag, partial(self._learn, router, number, changes))
             else:
-                learn()
+                self._learn(router, number, changes)
+
+    def _learn(self, router: Router, number: int, changes: Sequence[Change]) -> None:
+        router.learn(number, changes)
+        self._send(router.take())
 
     def _done(self, request: Request) -> None:
-        self._router_of.pop(request).release(request)
+        router = self._router_of.pop(request)
+        router.release(request)
+        self._send(router.take())
 
     def _report(self, number: int, steps: int, repeated: int) -> None:
         """Publish an engine's load as engine.py does for a mocker, as long as there is anything to do."""
@@ -223,6 +262,7 @@ class Cluster:
         idle = LoadStat(running_requests=0, waiting_requests=0, used_tokens=0, total_tokens=self._conditions.tokens)
         for router in self._routers:
             router.fleet.workers[number].on_report(engine.stat if repeated < STALE_REPORTS else idle)
+            self._send(router.take())
         self._timeline.after(REPORT_SECONDS, partial(self._report, number, engine.steps, repeated))
 
     def _kill(self, number: int) -> None:
@@ -248,8 +288,13 @@ class Cluster:
 
 
 def simulate(
-    policy: str, trace: Sequence[TraceRequest], conditions: Conditions, weights: Weights | None = None, seed: int = 1
+    policy: str,
+    trace: Sequence[TraceRequest],
+    conditions: Conditions,
+    weights: Weights | None = None,
+    queue: QueueOptions | None = None,
+    seed: int = 1,
 ) -> Figures:
     """Replay a trace with a policy of router.py, or with Dynamo's (`dynamo`). The same seed gives the same figures."""
     random.seed(seed)  # equal costs are drawn by lot
-    return Cluster(policy, conditions, weights).replay(trace)
+    return Cluster(policy, conditions, weights, queue).replay(trace)

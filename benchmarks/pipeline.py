@@ -75,7 +75,8 @@ def running(setting: Setting, policy: str, model: Path, folder: Path) -> Iterato
     variant = VARIANTS.get(policy, Variant(policy))
     options = ["--backend", "mocker", "--model", str(model), "--engines", str(setting.engines)]
     options += ["--block-size", str(setting.block_size), "--mocker-blocks", str(setting.blocks)]
-    options += ["--mocker-speedup", str(setting.engine_speedup), "--policy", variant.policy, *variant.options]
+    options += ["--mocker-speedup", str(setting.engine_speedup), "--routers", "1"]
+    options += ["--policy", variant.policy, *variant.options]
     with launched(options, folder / f"{policy}.log", variant.environment) as pipeline:
         yield pipeline
 

@@ -23,12 +23,15 @@ class PipelineError(Exception):
     kind: ClassVar[str] = "internal"
     http_status: ClassVar[int] = 500
     openai_type: ClassVar[str] = "server_error"
-    retry_seconds: ClassVar[int | None] = None  # after which asking again may help
+    retry_seconds: int | None = None  # after which asking again may help
 
-    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, code: str | None = None, param: str | None = None, retry_seconds: int | None = None
+    ) -> None:
         super().__init__(message)
         self.message = _bounded(message, _MAX_MESSAGE)
         self.code = code
+        self.retry_seconds = retry_seconds or self.retry_seconds
         self.param = param and _bounded(param, _MAX_PARAM)
 
     def __str__(self) -> str:
@@ -65,7 +68,7 @@ class Overloaded(PipelineError):
     """There is no room for this request now."""
 
     kind = "overloaded"
-    http_status = 429
+    http_status = 503
     openai_type = "rate_limit_error"
     retry_seconds = 1
 
@@ -83,7 +86,11 @@ class Unreachable(Unavailable):
     """Nobody took the request, or whoever did has died before it answered: asking another one may help at once."""
 
 
-class Lost(Unreachable):
+class Abandoned(Unreachable):
+    """Whoever had taken the request leaves, or has gone, before it was done: another one can go on with it."""
+
+
+class Lost(Abandoned):
     """Whoever had taken the request died, or hangs, before it was done."""
 
 

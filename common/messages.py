@@ -112,6 +112,7 @@ class ErrorFields(Message):
     message: str
     code: str | None = None
     param: str | None = None
+    retry_seconds: int | None = None
 
 
 class Failure(Message):
@@ -125,13 +126,19 @@ class Failure(Message):
 
     @classmethod
     def of(cls, error: PipelineError) -> "Failure":
-        fields = ErrorFields(kind=error.kind, message=error.message, code=error.code, param=error.param)
+        fields = ErrorFields(
+            kind=error.kind,
+            message=error.message,
+            code=error.code,
+            param=error.param,
+            retry_seconds=error.retry_seconds,
+        )
         return cls(error=fields, token_ids=[], finish_reason={"error": error.message})
 
     @property
     def exception(self) -> PipelineError:
-        kind = KINDS.get(self.error.kind, PipelineError)
-        return kind(self.error.message, code=self.error.code, param=self.error.param)
+        kind, error = KINDS.get(self.error.kind, PipelineError), self.error
+        return kind(error.message, code=error.code, param=error.param, retry_seconds=error.retry_seconds)
 
 
 class ModelIdentity(Message):
@@ -166,6 +173,7 @@ class FindWorkerRequest(Message):
     priority: int = 0  # higher is more urgent
     excluded: list[InstanceId] = Field(default_factory=list)  # instances that already failed this request
     beside: InstanceId | None = None  # one that has this prompt already: the worker of another answer to it
+    begun: bool = False  # whether a part of the answer is there already: then it does not wait in a queue
     explain: bool = False  # answer with the cost of every worker
 
 
@@ -232,6 +240,7 @@ class RouterStatus(Message):
     router: InstanceId
     policy: str
     workers: list[WorkerStatus]
+    waiting: int = 0  # prompts in its queues
     unserved: list[str] = []  # what requests asked for that no engine fits, and why
 
 

@@ -9,6 +9,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, Generic
 
 from common.errors import (
+    Abandoned,
     Cancelled,
     Internal,
     InvalidRequest,
@@ -108,10 +109,11 @@ class Remote(Generic[Request, Answer]):
             if context.is_stopped():
                 raise Cancelled("the caller went away") from error
             known = from_exception(error)
+            code = self._unreachable("").code
             if isinstance(known, Cancelled):  # not by us: whoever answered was told to leave
-                raise Unavailable(f"{self.spec.path} abandoned the request") from error
+                raise Abandoned(f"{self.spec.path} abandoned the request", code=code) from error
             if taken and isinstance(known, Unreachable):
-                raise Lost(known.message, code=self._unreachable("").code) from error
+                raise Lost(known.message, code=code) from error
             raise known from error
 
     async def _send(

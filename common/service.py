@@ -55,6 +55,9 @@ _RUNTIME_DEFAULTS = {
     "DYN_DISCOVERY_BACKEND": "etcd",
     "DYN_EVENT_PLANE": "nats",
     "DYN_SYSTEM_HOST": "127.0.0.1",  # of the port for metrics: the runtime's own default is all addresses
+    # Seconds that etcd may be silent or this machine asleep, at worst half as many, before a program loses its place
+    # and with it all that it has loaded. That one is dead, its callers notice much sooner.
+    "ETCD_LEASE_TTL": "90",
 }
 
 Handler = Callable[[Request, Context], AsyncIterator[Answer]]
@@ -278,6 +281,11 @@ class Service:
     def stopping(self) -> bool:
         return self._stop.is_set()
 
+    @property
+    def lost(self) -> bool:
+        """Whether this program can no longer call others, because its place in etcd is lost."""
+        return self._failure is not None
+
     async def stopped(self) -> None:
         """Return when it is time to leave: a signal came, or serving failed. A handler that holds its stream open for
         the caller's sake ends it then."""
@@ -285,7 +293,7 @@ class Service:
 
     async def __aexit__(self, *_: object) -> None:
         self._stop.set()
-        await self._drain()
+        await self.drain()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -296,13 +304,14 @@ class Service:
         if self._failure:
             raise StartupError(f"ended before it was asked to: {self._failure}")
 
-    async def _drain(self) -> None:
+    async def drain(self) -> None:
         """Take this process out of discovery, then wait for the requests in progress, and cut off what is left."""
         self._runtime.set_health_status(False)
-        for endpoint in self._registered:
+        registered, self._registered = self._registered, []
+        for endpoint in registered if not self.lost else ():
             try:
                 await asyncio.wait_for(endpoint.unregister_endpoint_instance(), UNREGISTER_SECONDS)
-            except Exception as error:  # etcd may be what is gone; it forgets us when our lease ends
+            except Exception as error:  # etcd may be gone; it forgets us when our lease ends
                 log.warning("could not leave discovery: %r", error)
         if self._in_progress:
             log.info("left discovery; finishing %d requests", len(self._in_progress))

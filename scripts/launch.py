@@ -42,6 +42,8 @@ STOP_SECONDS = 15  # for a program to end, besides what it gives requests in pro
 SIGN_SECONDS = 0.5 if TERMINAL else 10.0  # between signs of life while parts start
 GPU_SHARE = 0.85  # of a GPU's memory for engines
 SYSTEM_PORT = 18000  # the first for metrics: the kernel hands out none so low, so each stays its part's own
+SPARE_CORES = 4  # from which there are two of each program but engines, so that one can die or be restarted
+SPARE = f"from {SPARE_CORES} cores on at least two"
 SCRAPE_SECONDS = 2  # between two looks of Prometheus at all parts
 SAID = 90  # characters of what a part says while it starts, where that is no terminal
 QUESTION = "What does the router do, and how does it know which worker has my prompt cached?"
@@ -198,7 +200,8 @@ class Launcher:
             parts.append(self._program(name, f"serving {PROCESS.path} ", args.models[number // args.processors]))
         if args.stage:
             own["processor"] = f"{NAMESPACE}.{args.stage.stem}.process"
-            stage = self._part(args.stage.stem, [sys.executable, str(args.stage)], f"serving {own['processor']} ")
+            command = [sys.executable, str(args.stage), *options_of(service.parser(None), vars(args))]
+            stage = self._part(args.stage.stem, command, f"serving {own['processor']} ")
             path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
             stage.environment = {**self._with_system_port(args.stage.stem), "PYTHONPATH": path}
             parts.append(stage)
@@ -382,8 +385,10 @@ def names(program: str, count: int) -> list[str]:
 
 
 def one_per(cores: int) -> int:
-    """How many of a program run by default: one per so many cores of this machine, but at least 1 and at most 8."""
-    return min(max(1, len(os.sched_getaffinity(0)) // cores), 8)
+    """How many of a program run by default: one per so many cores of this machine, up to 8, and at least 1, or 2 where
+    there are `SPARE_CORES`."""
+    found = len(os.sched_getaffinity(0))
+    return min(max(2 if found >= SPARE_CORES else 1, found // cores), 8)
 
 
 def number(most: int) -> Callable[[str], int]:
@@ -422,9 +427,14 @@ def arguments() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser("launch.sh", "%(prog)s [options]", __doc__, formatter_class=service.Formatter)
     add = options.add_argument
     add("--engines", type=number(1000), default=2, help="engines for each model")
-    add("--processors", type=number(100), default=one_per(4), help="for each model: one per 4 cores, up to 8")
-    add("--frontends", type=number(100), default=one_per(8), help="that share the port: one per 8 cores, up to 8")
-    add("--routers", type=number(100), default=1, help="routers side by side")
+    add("--processors", type=number(100), default=one_per(4), help=f"for each model: one per 4 cores, up to 8; {SPARE}")
+    add(
+        "--frontends",
+        type=number(100),
+        default=one_per(8),
+        help=f"that share the port: one per 8 cores, up to 8; {SPARE}",
+    )
+    add("--routers", type=number(100), default=min(one_per(4), 2), help=SPARE)
     add("--model", action="append", help="folder, or name on the Hugging Face hub; one more with each")
     add("--model-name", action="append", help="what clients call it; once for each model")
     add("--block-size", type=number(2**16), default=BLOCK_SIZE, help="tokens in a KV block")

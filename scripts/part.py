@@ -1,6 +1,8 @@
 """A process of the pipeline: started, watched over, ended."""
 
 import asyncio
+import http.client
+import json
 import os
 import re
 import signal
@@ -8,26 +10,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 from common.engines.die_with_parent import die_with
 
 REPOSITORY = Path(__file__).parent.parent
 START_SECONDS = 900  # a large model takes minutes to load, and to download even longer
-BACK_OFF = (1.0, 30.0)  # seconds before a part is started again, at first and at most
+BACK_OFF = (0.1, 30.0)  # seconds before a part is started again, at first and at most
 STEADY_SECONDS = 60  # after so long the next death counts as the first
 TERMINAL = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 CLEAR_LINE = "\r\x1b[K" if TERMINAL else ""
 BOLD, RED, GREEN = 1, 31, 32  # as terminals number them
+ETCD_SECONDS = 2.0  # for etcd to forget a part that has died
 LAST_BYTES = 4096  # of a log, in which its last line is looked for
 
 _COLOUR = re.compile(r"\x1b\[[\d;]*[a-zA-Z]")
 # What lines of our programs and of SGLang begin with: when, how bad, and who.
 _PREAMBLE = re.compile(r"^\[?\d{4}-\d\d-\d\d[ T][\d:,.]+[^\]\s]*( TP\d+)?\]?( [A-Z]+ \S+:)?\s*")
+_INSTANCE = re.compile(r" serving \S+ as instance (\d+)")
 _NOISE = re.compile(r"\s+[^\s\d]|.*Warning: ")  # Python's warnings, and what belongs to the line before
 
 
@@ -107,6 +112,7 @@ class Part:
                 pause = BACK_OFF[0]
             self.ready = False
             say(self._obituary(code, 5))
+            await asyncio.to_thread(self._leave_discovery)
             say(f"starting {self.name} again in {pause:g} s")
             await self.stop(0)
             await asyncio.sleep(pause)
@@ -115,6 +121,15 @@ class Part:
                 await self.start()
             except LaunchError as error:
                 say(str(error))
+
+    def _leave_discovery(self) -> None:
+        """Have etcd forget it at once, and not when its lease ends. The id of an instance is that of its lease."""
+        addresses = {**os.environ, **self.environment}.get("ETCD_ENDPOINTS", "").split(",")
+        for instance_id in set(_INSTANCE.findall(self._log_text())):
+            etcd = http.client.HTTPConnection(urlsplit(addresses[0]).netloc, timeout=ETCD_SECONDS)
+            with closing(etcd), suppress(OSError, http.client.HTTPException):  # else its lease ends by itself
+                etcd.request("POST", "/v3/lease/revoke", json.dumps({"ID": instance_id}))
+                etcd.getresponse()
 
     async def stop(self, seconds: float) -> None:
         """End it with SIGTERM, after `seconds` with SIGKILL, and with it whatever it started."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Generic, TypeVar
 
-from common.errors import Lost, Unavailable
+from common.errors import Abandoned, Unavailable
 from common.log import request_id
 from common.openai_api import ChatCompletionChunk
 from common.openai_request import AnswerSoFar, GenerationRequest, Resume
@@ -60,16 +60,17 @@ class Progress(Generic[Asked]):
 
 
 async def continued(
-    request: Asked, context: Context, attempt: Attempt[Asked], *, moves: int, seconds: float
+    request: Asked, context: Context, attempt: Attempt[Asked], *, moves: int, seconds: Callable[[], float]
 ) -> AsyncGenerator[ChatCompletionChunk]:
     """Yield what `attempt` answers. If the processor that it goes to is lost on the way, yield what another attempt
-    answers from there on, up to `moves` times. While there is no processor, wait for one for `seconds`.
+    answers from there on, up to `moves` times. While there is no processor, wait for one for `seconds`,
+    of which there may be fewer later.
 
     Raises PipelineError, as `attempt` does.
     """
     progress, moved = Progress(request), 0
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + seconds
+    since = loop.time()
     while True:
         try:
             async with linked(context, moved) as own, aclosing(await attempt(progress.request, own)) as chunks:
@@ -77,13 +78,13 @@ async def continued(
                     progress.note(chunk)
                     yield chunk
             return
-        except Lost as error:
+        except Abandoned as error:
             if context.is_stopped() or not progress.resumable or moved >= moves:
                 raise
             moved += 1
-            deadline = loop.time() + seconds
+            since = loop.time()
             log.warning("request_id=%s moves to another processor: %s", request_id(context), error)
         except Unavailable as error:
-            if error.code != "no_processor" or loop.time() > deadline or context.is_stopped():
+            if error.code != "no_processor" or loop.time() > since + seconds() or context.is_stopped():
                 raise
             await asyncio.sleep(RETRY_SECONDS)

@@ -10,7 +10,7 @@ from collections import Counter as Counts
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from common.errors import Cancelled
+from common.errors import Cancelled, Overloaded
 from common.http.exchange import Exchange
 from common.messages import NAMESPACE
 from common.metrics import PHASE, log_buckets, text
@@ -27,7 +27,6 @@ ENDPOINTS = {"/v1/chat/completions": "chat_completions", "/v1/completions": "com
 
 _ERROR_TYPES = {
     404: frontend_service.error_type.NOT_FOUND,
-    429: frontend_service.error_type.OVERLOAD,
     Cancelled.http_status: frontend_service.error_type.CANCELLED,
     503: frontend_service.error_type.UNAVAILABLE,
 }
@@ -60,6 +59,9 @@ class FrontendMetrics(Collector):
         )
         self._cancelled = counter(
             frontend_service.MODEL_CANCELLATION_TOTAL, "Requests whose client went away", "endpoint", "request_type"
+        )
+        self._rejected = counter(
+            frontend_service.MODEL_REJECTION_TOTAL, "Requests that the engines had no room for", "endpoint"
         )
         self._migrations = counter(
             frontend_service.MODEL_MIGRATION_TOTAL,
@@ -151,7 +153,9 @@ class FrontendMetrics(Collector):
         kinds, outcomes = frontend_service.request_type, frontend_service.status
         kind = kinds.STREAM if request and request.stream else kinds.UNARY
         outcome = outcomes.SUCCESS if status == 200 else outcomes.ERROR
-        self._requests.labels(model, endpoint, kind, outcome, error_type(status)).inc()
+        self._requests.labels(model, endpoint, kind, outcome, error_type(status, exchange.error)).inc()
+        if isinstance(exchange.error, Overloaded):
+            self._rejected.labels(model, endpoint).inc()
         if status == Cancelled.http_status:
             self._cancelled.labels(model, endpoint, kind).inc()
             self._disconnected.inc()
@@ -189,8 +193,10 @@ class FrontendMetrics(Collector):
         return request.model if request and request.model in self._models else UNKNOWN
 
 
-def error_type(status: int) -> str:
-    """What Dynamo calls the kind of error that an HTTP status stands for."""
+def error_type(status: int, error: BaseException | None = None) -> str:
+    """What Dynamo calls the kind of error that an HTTP status stands for; that of being overloaded is an option."""
+    if isinstance(error, Overloaded):
+        return frontend_service.error_type.OVERLOAD
     if status == 200:
         return frontend_service.error_type.NONE
     other = frontend_service.error_type.VALIDATION if status < 500 else frontend_service.error_type.INTERNAL

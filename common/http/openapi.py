@@ -60,9 +60,8 @@ _ERRORS = {
     400: "The request is not valid, or does not fit into the model's context.",
     404: "No processor serves this model.",
     413: "The body is larger than 32 MB.",
-    429: "The engine has no room for the request now.",
     500: "A fault of this pipeline, or of an engine.",
-    503: "No processor, router or engine is running or fits, or too many have died.",
+    503: "Nobody is running or fits, too many have died, or the engines have more to do than they can.",
 }
 
 

@@ -1,6 +1,7 @@
 """Which processor serves which model."""
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +47,9 @@ class Processors:
         self.process = process
         self._describe = describe
         self._moves = moves
-        self._seconds = seconds
+        self.seconds = seconds
         self._known: dict[int, _Known] = {}
+        self._gone: dict[str, float] = {}  # by model, when one that served it has left
 
     async def models(self) -> list[ModelCard]:
         """A card for each model."""
@@ -66,11 +68,17 @@ class Processors:
         names = sorted({card.id for card in self._cards().values()})
         if not names:
             raise Unavailable("no processor is running; try again in a moment", code="no_processor")
+        if self._gone.get(model, -math.inf) > asyncio.get_running_loop().time() - self.seconds:
+            raise Unavailable(f"no processor of {model} is running; try again in a moment", code="no_processor")
         raise NotFound(
             f"the model {model!r} does not exist; this pipeline serves {', '.join(map(repr, names))}",
             code="model_not_found",
             param="model",
         )
+
+    async def alive(self, seconds: float) -> set[str]:
+        """The models of the processors that answer now, within `seconds`."""
+        return {card.id for card in await self._describe.ask_all(DescribeRequest(), seconds)}
 
     def serves(self, model: str) -> bool:
         """Whether one has said that it serves a model of this name."""
@@ -96,7 +104,7 @@ class Processors:
             found = await self.find(rest.model)
             return asked.stream(rest, own, None if stage else list(found), hopeless=_silent)
 
-        return continued(request, context, attempt, moves=self._moves, seconds=self._seconds)
+        return continued(request, context, attempt, moves=self._moves, seconds=lambda: self.seconds)
 
     def _serving(self, model: str) -> dict[int, ModelCard]:
         return {instance_id: card for instance_id, card in self._cards().items() if card.id == model}
@@ -109,8 +117,11 @@ class Processors:
         """Ask the processors that are new, and forget those that have left."""
         there = set(self._describe.instance_ids())
         for instance_id in self._known.keys() - there:
-            if asking := self._known.pop(instance_id).asking:
-                asking.cancel()
+            left = self._known.pop(instance_id)
+            if left.asking:
+                left.asking.cancel()
+            if left.card:
+                self._gone[left.card.id] = asyncio.get_running_loop().time()
         for instance_id in there - self._known.keys():
             known = self._known[instance_id] = _Known(asyncio.get_running_loop().time())
             known.asking = asyncio.create_task(self._ask(instance_id, known))

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
 from common.errors import StartupError
@@ -27,10 +27,14 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def listening(app: ASGIApp, host: str, port: int, *, reuse_port: bool = False) -> AsyncIterator[None]:
+async def listening(
+    app: ASGIApp, host: str, port: int, stopped: Callable[[], Awaitable[None]], *, reuse_port: bool = False
+) -> AsyncIterator[None]:
     """Serve HTTP while the block runs. Raises StartupError if nothing can listen there.
 
-    reuse_port: share the port with other servers that do; the kernel gives each connection to one of them.
+    stopped: returns when the port is to be left to others. Connections that are open then are served until the block
+    ends, and told to come back on a new one. reuse_port: share the port with other servers that do; the kernel gives
+    each connection to one of them.
     """
     config = uvicorn.Config(
         app,
@@ -45,12 +49,25 @@ async def listening(app: ASGIApp, host: str, port: int, *, reuse_port: bool = Fa
         timeout_graceful_shutdown=CLOSE_SECONDS,
     )
     server = _Server(config)
+
+    async def leave_port() -> None:
+        await stopped()
+        for listening in server.servers:
+            listening.close()
+        listener.close()
+        for headers in (config.encoded_headers, server.server_state.default_headers):
+            headers.append((b"connection", b"close"))
+
     with _listener(host, port, reuse_port) as listener:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
+        leaving = asyncio.create_task(leave_port())
         log.info("listening on http://%s:%d", host, port)
         try:
             yield
         finally:
+            leaving.cancel()
+            for connection in list(server.server_state.connections):
+                connection.shutdown()  # the server itself would look for its end only a moment later
             server.should_exit = True
             await serving
 

@@ -4,7 +4,7 @@ A decision costs some microseconds; what is known of the workers costs nothing u
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from common.messages import NAMESPACE
 from common.metrics import PHASE, WORKER_TYPE, exponential_buckets, log_buckets
@@ -21,7 +21,7 @@ from dynamo.prometheus_names import (
     router,
     routing_overhead,
 )
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -32,8 +32,8 @@ _HIT_RATES = [step * 0.05 for step in range(21)]
 class RouterMetrics:
     """Counts what find_worker decides."""
 
-    def __init__(self, registry: CollectorRegistry, fleet: Fleet, router_id: str) -> None:
-        """router_id: the instance id of this router."""
+    def __init__(self, registry: CollectorRegistry, fleet: Fleet, router_id: str, waiting: Callable[[], int]) -> None:
+        """router_id: the instance id of this router; waiting: how many prompts are in its queues."""
         self._own = (NAMESPACE, component_names.ROUTER, router_id)
         self._of_model: dict[str, tuple[Histogram, Counter, Counter]] = {}
         own = (labels.NAMESPACE, labels.COMPONENT, labels.ROUTER_ID)
@@ -82,6 +82,9 @@ class RouterMetrics:
             buckets=exponential_buckets(0.01, 3, 17),
         ).labels(router_id)
         registry.register(_Workers(fleet))
+        pending = f"{name_prefix.FRONTEND}_{frontend_service.ROUTER_QUEUE_PENDING_REQUESTS}"
+        gauge = Gauge(pending, "Prompts that wait for a worker", (labels.WORKER_TYPE,), registry=registry)
+        gauge.labels(WORKER_TYPE).set_function(waiting)
 
     def on_asked(self) -> float:
         """A question has come. Returns when."""

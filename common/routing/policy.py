@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
-from common.messages import FindWorkerRequest, WorkerCost
+from common.messages import FindWorkerRequest, RoutingDecision, WorkerCost
 from common.routing.worker import Prompt, Worker
 
 BUSIER = 2.0  # than the least loaded worker, and a session leaves its own
@@ -70,6 +70,19 @@ class Candidate:
             prefill_blocks=self.worker.prefill_blocks,
             decode_blocks=self.worker.decode_blocks,
             cost=self.cost,
+        )
+
+    def decision(self, reasons: Sequence[WorkerCost] = ()) -> RoutingDecision:
+        """The answer if it is chosen, with the costs of those that are to be explained."""
+        info = self.worker.info
+        return RoutingDecision(
+            instance_id=self.worker.instance_id,
+            worker_id=self.worker.name,
+            overlap_blocks=self.overlap_blocks,
+            cost=self.cost,
+            context_length=info.context_length if info else None,
+            simulated=info is not None and info.simulated,
+            reasons=list(reasons),
         )
 
     @property
@@ -144,14 +157,13 @@ POLICIES: dict[str, Policy] = {
 class LowestCost:
     """Takes the worker that is cheapest by a policy."""
 
-    def __init__(self, policy: Policy, weights: Weights) -> None:
-        self._policy = policy
-        self._weights = weights
+    def __init__(self, choose: Callable[[Sequence[Candidate]], Candidate]) -> None:
+        self._choose = choose
 
     @asynccontextmanager
     async def lease(self, candidates: Sequence[Candidate]) -> AsyncIterator[Candidate]:
         """Choose one, and count the prompt as load on it for as long as the block runs."""
-        best = choose(candidates, self._policy, self._weights)
+        best = self._choose(candidates)
         with best.worker.lease(best.prompt, best.overlap_blocks):
             yield best
 

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 SILENT_SECONDS = 5.0  # without a report, which come every second
 GAPS = 3  # times its longest silence so far
 HUNG_SECONDS = 30.0  # beyond which no pace is an excuse
+PACE_SECONDS = 10.0  # of computing, after which what was before counts half
 REPORT_SECONDS = 0.5  # a report may still count requests that ended this recently
 
 
@@ -67,6 +68,10 @@ class Worker:
         self.report: LoadStat | None = None  # its last own account
         self.reported_at = 0.0  # when that came, on the monotonic clock; 0 if none has
         self.reason: str | None = None  # why it does not fit requests for its own model
+        self._computing_since = 0.0  # when it last stored or got something to compute, on its clock
+        self._computing_seconds = 0.0  # that it computed of late
+        self._computed_blocks = 0.0  # in that time
+        self.stored_at: float | None = None  # when it last said that it stored something, on its clock
         self.chosen_at = 0.0  # when it got its last request, on its clock
         self.requests = 0  # in progress, of those that this router sent here
         self.routed_requests = 0
@@ -147,6 +152,8 @@ class Worker:
         self._leased += prompt.blocks
         self._tails += prompt.tail
         self._held.update(prompt.sequence_hashes)
+        if not self._uncomputed:
+            self._computing_since = self._clock()
         self._uncomputed.update(prompt.sequence_hashes[overlap_blocks:])
         self._uncomputed_tails += prompt.tail
         self._unfinished += prompt.blocks
@@ -183,11 +190,29 @@ class Worker:
 
     def on_stored(self, sequence_hashes: Collection[int]) -> None:
         """Blocks were stored here, and need no more be computed: a prompt that ends with one of them is done."""
+        before = len(self._uncomputed)
         self._uncomputed.difference_update(sequence_hashes)
+        if sequence_hashes:
+            self._on_computed(before - len(self._uncomputed))
         for block in sequence_hashes:
             for lease in self._prefilling.get(block, ()):
                 self._uncomputed.difference_update(lease.prompt.sequence_hashes)
                 self._prefill_done(lease)
+
+    def _on_computed(self, blocks: int) -> None:
+        self.stored_at = now = self._clock()
+        if blocks:
+            self._computed_blocks += blocks
+            self._computing_seconds += now - self._computing_since
+            self._computing_since = now
+            if self._computing_seconds > PACE_SECONDS:
+                self._computing_seconds /= 2
+                self._computed_blocks /= 2
+
+    @property
+    def pace(self) -> float | None:
+        """Blocks that it computes in a second while it has any to compute; None if that is not known."""
+        return self._computed_blocks / self._computing_seconds if self._computing_seconds else None
 
     def on_update(self, item: Update | Lost) -> None:
         """KV events came, or are lost."""

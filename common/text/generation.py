@@ -141,6 +141,7 @@ class Generation:
             priority=_priority(metadata.get("x-priority") or "0"),
             excluded=self.failed,
             beside=self.beside_instance,
+            begun=self.generated > 0 or self.beside is not None,
         )
 
     def blocks(self, block_size: int) -> PromptBlocks:

@@ -6,10 +6,10 @@ import random
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 
 from common import tracing
-from common.errors import Cancelled, Internal, Unavailable, Unreachable
+from common.errors import Cancelled, Internal, PipelineError, Unavailable, Unreachable
 from common.messages import FindWorkerRequest, RouterStatus, RoutingDecision, WorkersRequest
 from common.patience import Hopeless
 from common.remote import Remote
@@ -42,7 +42,8 @@ class Routers:
         self._status = status
         self._instance_ids = instance_ids
         self._limits = limits
-        self._answered: dict[int, float] = {}  # by router, when it last decided, on the loop's clock
+        self._answered: dict[int, float] = {}  # by router, when it last answered anything, on the loop's clock
+        self._asking: dict[int, asyncio.Task[None]] = {}  # by router, whether it is there
         self._known: dict[int, RoutingDecision] = {}  # by worker, the last decision for it
         self._requests = Counter[int]()  # by worker, those in progress there of which no router knows
         self._alone = False  # whether the log knows that no router answers
@@ -88,7 +89,10 @@ class Routers:
 
         def hopeless(silence: float, begun: bool) -> str | None:
             quiet = min(silence, loop.time() - self._answered.get(instance_id, 0.0))
-            return None if begun or quiet < ANSWER_SECONDS else f"router {instance_id} does not answer"
+            if quiet > ANSWER_SECONDS / 3:  # it may only let the prompt wait
+                self._check(instance_id)
+            there = quiet < ANSWER_SECONDS and not self._limits.exceeded(silence, begun=False)
+            return None if there else f"router {instance_id} does not answer"
 
         context = parent.detached(uuid.uuid4().hex)  # of its own: it ends with the lease
         ack = ANSWER_SECONDS if self._known else None
@@ -105,6 +109,18 @@ class Routers:
                 yield decision
             finally:
                 context.stop_generating()
+
+    def _check(self, router_id: int) -> None:
+        """Note whether a router answers that has said nothing for a while."""
+
+        async def ask() -> None:
+            with suppress(PipelineError, TimeoutError):
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    await self._status.call(WorkersRequest(), router_id)
+                    self._answered[router_id] = asyncio.get_running_loop().time()
+
+        if router_id not in self._asking or self._asking[router_id].done():
+            self._asking[router_id] = asyncio.create_task(ask())
 
     def _by_load(self, wanted: FindWorkerRequest) -> RoutingDecision | None:
         """The known worker with the fewest requests of ours; the one of another answer to the prompt, if there is."""

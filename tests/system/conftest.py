@@ -87,7 +87,11 @@ class Cluster:
         self.folder = folder
         self.processes: list[Process] = []
         nats, client, peer, self.port = free_ports(4)
-        self.env = {"NATS_SERVER": f"nats://127.0.0.1:{nats}", "ETCD_ENDPOINTS": f"http://127.0.0.1:{client}"}
+        self.env = {
+            "NATS_SERVER": f"nats://127.0.0.1:{nats}",
+            "ETCD_ENDPOINTS": f"http://127.0.0.1:{client}",
+            "ETCD_LEASE_TTL": "10",  # for tests that wait until what they have killed is gone
+        }
         self.nats = self.run(
             "nats", str(BIN / "nats-server"), "-js", "-a", "127.0.0.1", "-p", str(nats), "-sd", str(folder / "nats")
         )

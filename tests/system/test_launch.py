@@ -67,7 +67,7 @@ class Launch(Process):
     def __init__(self, folder: Path, *options: str, **env: str) -> None:
         self.port = free_ports(1)[0]
         command = ["./launch.sh", "--backend", "mocker", "--port", str(self.port)]
-        command += ["--processors", "1", "--frontends", "1", *options]
+        command += ["--processors", "1", "--routers", "1", "--frontends", "1", *options]
         super().__init__(command, folder / "launch.log", env)
 
     def parts(self) -> list[psutil.Process]:
@@ -95,6 +95,10 @@ class Launch(Process):
         except httpx.TransportError:
             return "down"
         return status
+
+    def instances(self) -> dict[str, int]:
+        found: dict[str, int] = httpx.get(f"http://127.0.0.1:{self.port}/health").json()["instances"]
+        return found
 
 
 def words(part: psutil.Process) -> list[str]:
@@ -257,6 +261,8 @@ def test_a_part_that_dies_is_started_again(launch: Launch) -> None:
         launch.part(program).kill()
         until(lambda name=name: re.search(f"{name} died \\(SIGKILL\\)", launch.text), "the news")  # type: ignore[misc]
         until(lambda name=name, ready=ready: len(re.findall(f"{name} is ready", launch.text)) > ready, "its return")  # type: ignore[misc]
+    # Whoever has died does not stay until its lease ends.
+    until(lambda: launch.instances() == {"processor": 1, "router": 1, "engine": 2}, "those that are there", 30)
     until(lambda: launch.health() == "healthy", "health")
     assert launch.ask().status_code == 200
 
@@ -271,8 +277,7 @@ def test_servers_that_run_already_are_used(launch: Launch, tmp_path: Path) -> No
         second.wait_for("Ctrl-C ends it")
         assert "using NATS at" in second.text and "using etcd at" in second.text
         assert "nats is ready" not in second.text
-        health = httpx.get(f"http://127.0.0.1:{port}/health").json()
-        assert health["instances"] == {"processor": 2, "router": 2, "engine": 3}
+        assert launch.instances() == {"processor": 2, "router": 2, "engine": 3}
         second.signal()
         assert second.exit_code() == 0
         assert launch.health() == "healthy"
@@ -434,14 +439,15 @@ def test_several_frontends_processors_and_routers_share_the_work(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("cores", "processors", "frontends"), [(1, 1, 1), (4, 1, 1), (8, 2, 1), (16, 4, 2), (192, 8, 8)]
+    ("cores", "processors", "frontends", "routers"),
+    [(1, 1, 1, 1), (3, 1, 1, 1), (4, 2, 2, 2), (8, 2, 2, 2), (16, 4, 2, 2), (192, 8, 8, 2)],
 )
 def test_there_are_more_on_a_larger_machine(
-    monkeypatch: pytest.MonkeyPatch, cores: int, processors: int, frontends: int
+    monkeypatch: pytest.MonkeyPatch, cores: int, processors: int, frontends: int, routers: int
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     args = arguments().parse_args([])
-    assert (args.processors, args.frontends, args.routers) == (processors, frontends, 1)
+    assert (args.processors, args.frontends, args.routers) == (processors, frontends, routers)
 
 
 def test_models_get_the_names_they_are_given(tmp_path: Path) -> None:
@@ -453,6 +459,9 @@ def test_models_get_the_names_they_are_given(tmp_path: Path) -> None:
         for number, model in enumerate(("one", "two")):
             answer = launch.ask(model=model)
             assert (answer.json()["model"], answer.headers["x-worker-id"]) == (model, str(number))
+        launch.part("processor").kill()
+        until(lambda: launch.instances()["processor"] == 1, "the end of one")
+        assert [launch.ask(model=model).status_code for model in ("one", "two", "three")] == [200, 200, 404]
     finally:
         launch.close()
 

@@ -1,6 +1,7 @@
 """Programs start in any order, leave politely, and survive each other's deaths. The engines are simulated."""
 
 import concurrent.futures
+import json
 import signal
 import socket
 import subprocess
@@ -179,17 +180,80 @@ class TestDrainLimit:
             frontend.signal()
             assert frontend.popen.wait(self.LEAVES) == 0
 
-    def test_a_processor_cuts_its_work_off_too(self, bare: Pipeline) -> None:
-        for program in ("engine", "router", "frontend"):
+    def test_a_processor_cuts_its_work_off_too_and_another_one_goes_on_with_it(self, bare: Pipeline) -> None:
+        for program in PROGRAMS:
             start(bare, program)
-        processor = bare.start("processor", "--drain-seconds", "1")
-        bare.wait_for_instances(processor=1, router=1, engine=1)
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(bare.ask, max_tokens=5000)
+        leaving = bare.start("processor", "--drain-seconds", "0.2", name="leaving")
+        bare.wait_for_instances(processor=2, router=1, engine=1)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(bare.ask, max_tokens=800) for _ in range(2)]  # one for each
             threading.Event().wait(0.5)
-            processor.signal()
-            assert answer.result().status_code == 503
-        assert processor.popen.wait(self.LEAVES) == 0
+            leaving.signal()
+            assert leaving.popen.wait(self.LEAVES) == 0
+            assert "cutting off 1 requests" in leaving.text
+            assert not any(answer.done() for answer in answers)
+            assert [answer.result().json()["usage"]["completion_tokens"] for answer in answers] == [800, 800]
+
+    def test_a_frontend_leaves_its_port_to_another_one_at_once(
+        self, bare: Pipeline, running: dict[str, Process]
+    ) -> None:
+        body = {"model": bare.model, "messages": [{"role": "user", "content": "Hello!"}], "stream": True}
+        with bare.client() as client:
+            assert client.get("/live").headers.get("connection") != "close"  # a connection that stays open
+            with bare.client() as other, other.stream("POST", "/v1/chat/completions", json=body) as response:
+                lines = response.iter_lines()
+                next(lines)
+                running["frontend"].signal()
+                running["frontend"].wait_for("left discovery; finishing 1 requests")
+                start(bare, "frontend", name="second").wait_for("listening on")
+                answer = client.get("/live")  # there it is still served, and sent away
+                assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+                assert bare.ask(max_tokens=1).status_code == 200
+                assert running["frontend"].popen.poll() is None
+                assert next(line for line in lines if line)
+
+
+def test_health_is_what_becomes_of_a_request(bare: Pipeline) -> None:
+    for program in ("router", "processor", "frontend"):
+        start(bare, program)
+    engine = bare.start("engine", "--backend", "mocker", "--worker-id", "one", env={"ETCD_LEASE_TTL": "90"})
+    bare.wait_for_instances(processor=1, router=1, engine=1)
+
+    def status(path: str) -> tuple[int, str]:
+        with bare.client() as client:
+            answer = client.get(path)
+        return answer.status_code, answer.json().get("reason", "")
+
+    until(lambda: status("/health/ready") == (200, ""), "a token")
+    assert status("/health") == (200, "")
+    engine.signal(signal.SIGSTOP)
+    try:
+        until(lambda: status("/health/ready") == (503, f"{bare.model} has made no token in 5 s"), "silence")
+        until(lambda: status("/health")[0] == 503, "the router's word")
+        assert f"no engine can be asked for {bare.model}: one silent since" in status("/health")[1]
+    finally:
+        engine.signal(signal.SIGCONT)
+    until(lambda: status("/health/ready")[0] == 200, "an answer")
+    assert status("/health") == (200, "")
+    bare.nats.signal(signal.SIGSTOP)
+    try:
+        assert status("/health") == (503, "no processor answers; no router answers")
+    finally:
+        bare.nats.signal(signal.SIGCONT)
+    until(lambda: status("/health")[0] == 200, "health")
+    with bare.client() as client:
+        assert "time_to_first_token_seconds_count{" not in client.get("/metrics").text  # nobody asked but probes
+
+
+def test_each_part_can_be_restarted_under_load(tmp_path: Path) -> None:
+    """Two routers, engines, processors and frontends, one after the other: nothing is lost."""
+    command = [sys.executable, "-m", "benchmarks.chaos", "--faults", "restart each", "--engines", "2"]
+    command += ["--requests", "64", "--pause", "0.5", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, rolled = json.loads((tmp_path / "chaos.json").read_text())["results"]
+    assert rolled["running"] == 32
+    assert len(rolled["outcomes"]) > 100
 
 
 def test_a_processor_that_died_takes_no_more_requests(bare: Pipeline, running: dict[str, Process]) -> None:

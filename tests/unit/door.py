@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from typing import Any, Self, cast
 
 from common.errors import NotFound
+from common.http.canary import Canary
 from common.http.exchange import Observer
 from common.http.status import Status
 from common.messages import WORKERS, PromptTokensDetails, Usage
@@ -97,6 +98,9 @@ class ScriptedProcessors:
         self.requests: list[ChatCompletionRequest] = []
         self.contexts: list[Context] = []
 
+    async def alive(self, seconds: float) -> set[str]:
+        return {"m"}
+
     async def models(self) -> list[ModelCard]:
         return [ModelCard(id=name, created=1, context_length=64) for name in ("m", "org/m")]
 
@@ -153,7 +157,10 @@ class Door:
             strict_fields=strict_fields,
         )
         remotes = {name: Remote(WORKERS, _client(handlers)) for name, handlers in (stages or {}).items()}
-        status = Status(remotes, Remote(WORKERS, _client(routers or {})), lambda: self.service.stopping)
+        processors = cast(Any, self.processors)
+        canary = Canary(processors, processors, stage)
+        workers = Remote(WORKERS, _client(routers or {}))
+        status = Status(remotes, workers, processors, canary, lambda: self.service.stopping)
         self.app: Any = self.frontend.app(cors_origins, [status.routes(), *routes], observers)
 
     def get(self, path: str, **options: Any) -> httpx.Response:

@@ -163,3 +163,8 @@ class TestAgreement:
         twice = [TraceRequest(arrival, ((1, 650),), 1) for arrival in (0.0, 9.0)]
         mean = (prefill_seconds(650) + prefill_seconds(10)) / 2 / 0.5
         assert simulated(twice, setting)["kv"].ttft_mean == pytest.approx(mean)
+
+    def test_a_router_that_refuses_requests_is_not_compared(self) -> None:
+        setting = Setting(engines=1, block_size=64, blocks=12288, engine_speedup=0.5)
+        burst = [TraceRequest(number / 10, ((number, 20_000),), 1) for number in range(200)]
+        assert list(simulated(burst, setting)) == ["dynamo"]

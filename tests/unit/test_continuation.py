@@ -6,7 +6,7 @@ from itertools import count
 from typing import Any
 
 from common.coalescer import Coalescer
-from common.errors import Internal, Lost, PipelineError, Unavailable, Unreachable
+from common.errors import Abandoned, Internal, Lost, PipelineError, Unavailable, Unreachable
 from common.events import Feed
 from common.http import continuation
 from common.http.continuation import continued
@@ -105,7 +105,7 @@ def ask(
 
     async def run() -> list[ChatCompletionChunk]:
         context = Context("x", {"x-request-id": "mine"})
-        stream = continued(kind.decode(body), context, attempt, moves=moves, seconds=seconds)
+        stream = continued(kind.decode(body), context, attempt, moves=moves, seconds=lambda: seconds)
         return [chunk async for chunk in stream]
 
     return asyncio.run(run())
@@ -211,6 +211,19 @@ def test_while_there_is_no_processor_one_is_waited_for(model: ChatModel) -> None
             raise error
         async for chunk in alive(request, context):
             yield chunk
+
+    assert texts(ask(play))[0] == TEXT
+
+
+def test_an_answer_goes_on_where_a_processor_that_leaves_has_abandoned_it(model: ChatModel) -> None:
+    whole, begun = Pipeline(model).dies_after(), Pipeline(model).dies_after(2)
+
+    async def play(request: GenerationRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
+        try:
+            async for chunk in (whole if request.resume else begun)(request, context):
+                yield chunk
+        except Lost as error:
+            raise Abandoned("it leaves", code="no_processor") from error
 
     assert texts(ask(play))[0] == TEXT
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from common.errors import (
     KINDS,
+    Abandoned,
     Cancelled,
     Internal,
     InvalidRequest,
@@ -76,8 +77,8 @@ def test_one_that_asked_nobody_is_unavailable_to_whoever_asked_for_it() -> None:
     assert type(hop(Unreachable("nobody serves it", code="no_worker"))) is Unavailable
 
 
-def test_one_that_somebody_else_cancelled_is_unavailable() -> None:
-    assert type(hop(Cancelled("told to leave"))) is Unavailable
+def test_one_that_somebody_else_cancelled_is_abandoned() -> None:
+    assert type(hop(Cancelled("told to leave"))) is Abandoned
 
 
 @pytest.mark.parametrize("letter", ["x", "\x01", "日", "😀"])
@@ -129,7 +130,7 @@ def test_each_kind_says_how_http_sees_it() -> None:
     assert seen == {
         "invalid_request": (400, "invalid_request_error", {}),
         "not_found": (404, "invalid_request_error", {}),
-        "overloaded": (429, "rate_limit_error", again),
+        "overloaded": (503, "rate_limit_error", again),
         "unavailable": (503, "service_unavailable", again),
         "cancelled": (499, "cancelled", {}),
         "internal": (500, "server_error", {}),

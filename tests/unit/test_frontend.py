@@ -21,6 +21,7 @@ from common.http import event_stream
 from common.messages import RouterStatus, WorkerStatus
 from common.openai_api import ChatCompletionChunk, Routing
 from common.openai_request import ChatCompletionRequest
+from common.service import Service
 from tests.unit.door import (
     CHAT,
     COMPLETIONS,
@@ -46,7 +47,7 @@ STREAM = {**HELLO, "stream": True}
 EVERY_ERROR = [
     (InvalidRequest("no", param="x", code="c"), 400, None),
     (NotFound("gone"), 404, None),
-    (Overloaded("full"), 429, "1"),
+    (Overloaded("full", retry_seconds=7), 503, "7"),
     (Cancelled("by somebody"), 499, None),
     (Internal("oh"), 500, None),
     (Unavailable("later", code="no_worker"), 503, "1"),
@@ -422,7 +423,7 @@ class TestKeepalive:
         door = Door(keepalive_seconds=60)
         assert door.post(STREAM).text == Door().post(STREAM).text
         assert door.post(STREAM).headers["x-worker-id"] == "w1"
-        assert Door(raises(Overloaded("full")), keepalive_seconds=60).post(STREAM).status_code == 429
+        assert Door(raises(Overloaded("full")), keepalive_seconds=60).post(STREAM).status_code == 503
 
     def test_one_body_has_no_comments(self) -> None:
         async def slow(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
@@ -501,11 +502,17 @@ class TestErrors:
         assert answer.status_code == 503
         assert "this server is being stopped" in error_of(answer)["message"]
 
-    def test_a_server_that_is_being_stopped_takes_no_new_request(self) -> None:
+    def test_a_server_that_is_being_stopped_answers_whoever_is_connected(self) -> None:
         door = Door()
         door.service.stop()
+        assert door.post().status_code == 200
+
+    def test_unless_it_has_lost_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Service, "lost", True)
+        door = Door()
         answer = door.post()
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert "this server is being stopped" in error_of(answer)["message"]
         assert door.processors.requests == []
 
     @pytest.mark.parametrize("body", [HELLO, STREAM])
@@ -674,7 +681,7 @@ class TestLog:
             (two_words, {**HELLO, "max_tokens": -1}, 400),
             (two_words, {**HELLO, "model": "x"}, 404),
             (two_words, b" " * (2**25 + 1), 413),
-            (raises(Overloaded("full")), HELLO, 429),
+            (raises(Overloaded("full")), HELLO, 503),
             (raises(Unavailable("later")), HELLO, 503),
             (raises(Unavailable("later"), first_chunk()), STREAM, 503),
             (raises(Internal("oh")), HELLO, 500),
@@ -888,21 +895,6 @@ class TestOtherPaths:
         answer = Door(raises(Unavailable("no processor is running", code="no_processor"))).post()
         assert (answer.status_code, error_of(answer)["code"]) == (503, "no_processor")
 
-    def test_health_is_that_of_every_stage(self) -> None:
-        async def nothing(body: Any, context: Context) -> AsyncIterator[Any]:
-            yield
-
-        healthy = Door(stages={"processor": {1: nothing}, "router": {1: nothing, 2: nothing}})
-        answer = healthy.get("/health")
-        assert answer.status_code == 200
-        assert answer.json() == {"status": "healthy", "instances": {"processor": 1, "router": 2}}
-        answer = Door(stages={"processor": {1: nothing}, "router": {}}).get("/health")
-        assert answer.status_code == 503
-        assert answer.json() == {"status": "unhealthy", "instances": {"processor": 1, "router": 0}}
-        healthy.service.stop()
-        assert healthy.get("/health").status_code == 503
-        assert healthy.get("/live").json() == {"status": "live"}
-
     def test_a_stage_in_between_gets_the_requests_for_models_that_there_are(self) -> None:
         stage = ScriptedProcessors(two_words)
         door = Door(stage=stage)
@@ -932,7 +924,7 @@ class TestDocumentation:
     def test_so_are_the_answers(self, path: str, body: str) -> None:
         description = Door().get("/openapi.json").json()
         responses = description["paths"][path]["post"]["responses"]
-        assert responses.keys() >= {"200", "400", "404", "413", "429", "500", "503"}
+        assert responses.keys() >= {"200", "400", "404", "413", "500", "503"}
         events_too = responses["200"]["content"].pop("text/event-stream")
         assert events_too["example"].endswith("data: [DONE]\n\n")
         for status, response in responses.items():

@@ -140,7 +140,7 @@ class TestFrontend:
         ("status", "kind"),
         [
             *[(200, ""), (400, "validation"), (404, "not_found"), (413, "validation"), (417, "validation")],
-            *[(429, "overload"), (499, "cancelled"), (500, "internal"), (503, "unavailable")],
+            *[(499, "cancelled"), (500, "internal"), (503, "unavailable")],
         ],
     )
     def test_every_status_has_a_type(self, status: int, kind: str) -> None:
@@ -250,7 +250,7 @@ class Router:
             if hashes:
                 stored = StoredBlocks(parent_id=None, block_ids=[*range(1, len(hashes) + 1)], local_hashes=hashes)
                 self.fleet.index.apply(number, stored)
-        self.metrics = RouterMetrics(self.registry, self.fleet, "9")
+        self.metrics = RouterMetrics(self.registry, self.fleet, "9", lambda: 3)
 
     def decide(self, name: str) -> Candidate:
         """Let a prompt of four blocks and a half go to a worker."""

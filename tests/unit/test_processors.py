@@ -110,8 +110,22 @@ def test_without_a_processor_it_is_not_the_model_that_is_missing() -> None:
     play(scenario)
 
 
+def test_a_model_whose_last_processor_has_just_left_is_still_known() -> None:
+    async def scenario(processors: Processors, describe: LocalClient) -> None:
+        await processors.find("b")
+        del describe.handlers[1]
+        with pytest.raises(Unavailable, match="no processor of b is running") as refusal:
+            await processors.find("b")
+        assert refusal.value.code == "no_processor"  # which is waited for
+        describe.handlers[2] = serves("b")
+        assert [*await processors.find("b")] == [2]
+
+    play(scenario, serves("a"), serves("b"))
+
+
 def test_those_that_left_are_forgotten() -> None:
     async def scenario(processors: Processors, describe: LocalClient) -> None:
+        processors.seconds = 0.0
         assert [*await processors.find("b")] == [1]
         del describe.handlers[1]
         with pytest.raises(NotFound, match=r"serves 'a'$"):

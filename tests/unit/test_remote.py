@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from common import remote
 from common.errors import (
+    Abandoned,
     Cancelled,
     Internal,
     InvalidRequest,
@@ -103,6 +104,12 @@ def test_it_is_not_sent_for_ever(instances: Instances, error: type[PipelineError
 def test_what_is_for_one_instance_goes_to_no_other() -> None:
     with pytest.raises(Unavailable):
         ask(Instances(DEAD, None), instance_ids=[0])
+
+
+def test_what_the_other_side_gives_up_as_it_leaves_another_one_can_go_on_with() -> None:
+    with pytest.raises(Abandoned, match="abandoned the request") as error:
+        ask(Instances(Cancelled("its time is over")))
+    assert error.value.code == "no_thing" and not isinstance(error.value, Lost)  # nobody has died of it
 
 
 def test_an_answer_that_was_stopped_is_not_taken_for_a_complete_one() -> None:

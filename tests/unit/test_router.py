@@ -12,7 +12,8 @@ from common.messages import FindWorkerRequest, RoutingDecision, StoredBlocks, Wo
 from common.routing import overlap_watch
 from common.routing.fleet import Fleet
 from common.routing.metrics import RouterMetrics
-from common.routing.policy import POLICIES, LowestCost, Weights
+from common.routing.policy import POLICIES, Weights
+from common.routing.queue import QueueOptions
 from common.routing.worker import Worker
 from router import Router, arguments, chooser_of
 from tests.unit.stand_ins import identity, worker_info
@@ -40,13 +41,15 @@ class Scene:
             self.fleet.add(Worker(number, worker_info(number)))
         self.leaving = asyncio.Event()
         self.registry = CollectorRegistry()
+        chooser, queues = chooser_of(policy, Weights(), QueueOptions(), self.fleet)
         self.router = Router(
             self.fleet,
             cast(Any, Settled()),
-            LowestCost(POLICIES[policy], Weights()),
+            chooser,
             policy=policy,
+            queues=queues,
             feed=Feed(9, self._stopped),
-            metrics=RouterMetrics(self.registry, self.fleet, "9"),
+            metrics=RouterMetrics(self.registry, self.fleet, "9", lambda: queues.waiting),
             stopped=self._stopped,
         )
 
@@ -173,4 +176,4 @@ def test_what_no_engine_fits_is_refused_and_shown() -> None:
 def test_every_policy_can_be_asked_for() -> None:
     for policy in (*POLICIES, "dynamo"):
         assert arguments().parse_args(["--policy", policy]).policy == policy
-        assert chooser_of(policy, Weights(), Fleet())
+        assert chooser_of(policy, Weights(), QueueOptions(), Fleet())

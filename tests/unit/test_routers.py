@@ -42,12 +42,13 @@ class Scene:
     def __init__(self, count: int = 2, limits: Limits | None = None) -> None:
         self.hanging: set[int] = set()
         self.refusing = False
+        self.busy_seconds = 0.0  # how long prompts wait in routers for their turn
         self.there = [1, 2, 3]
         self.decided: list[tuple[int, int]] = []  # by which router, which worker
         self.contexts: list[Context] = []
         client: Any = LocalClient({number: self._router(number) for number in range(count)})
         self.client: LocalClient = client
-        status: Any = LocalClient({0: self._status, 1: self._status})
+        status: Any = LocalClient({number: self._status(number) for number in range(2)})
         self.workers: list[WorkerStatus] = []
         self.routers = Routers(
             Remote(FIND_WORKER, client), Remote(WORKERS, status), lambda: self.there, limits or Limits()
@@ -56,8 +57,9 @@ class Scene:
     def _router(self, number: int) -> Any:
         async def find(body: Any, context: Context) -> AsyncIterator[Any]:
             self.contexts.append(context)
-            if number in self.hanging:
-                await asyncio.Event().wait()
+            while number in self.hanging:
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(self.busy_seconds)
             if self.refusing:
                 yield Failure.of(Overloaded("full")).encode()
                 return
@@ -70,8 +72,13 @@ class Scene:
 
         return find
 
-    async def _status(self, body: Any, context: Context) -> AsyncIterator[Any]:
-        yield RouterStatus(router=1, policy="kv", workers=self.workers).encode()
+    def _status(self, number: int) -> Any:
+        async def status(body: Any, context: Context) -> AsyncIterator[Any]:
+            while number in self.hanging:
+                await asyncio.sleep(0.005)
+            yield RouterStatus(router=1, policy="kv", workers=self.workers).encode()
+
+        return status
 
     async def given_up(self, instance_id: int, silence: float, begun: bool = True) -> str | None:
         """Why a worker is given up after so long a silence, once routers have had the time to say something."""
@@ -123,6 +130,17 @@ def test_whom_it_is_for_goes_along_and_its_id_does_not() -> None:
         assert context.id() != "mine"
 
     play(scenario)
+
+
+def test_one_that_lets_a_prompt_wait_but_answers_otherwise_does_not_hang() -> None:
+    async def scenario(scene: Scene) -> None:
+        await scene.meet_all()
+        scene.busy_seconds = 0.5
+        decision = await scene.ask()
+        assert not decision.by_load
+        assert len(scene.decided) == 4
+
+    play(scenario, count=1)
 
 
 def test_of_two_routers_the_one_that_hangs_is_left_for_the_other() -> None:

@@ -14,6 +14,7 @@ from benchmarks.cluster import Cluster, Conditions, Figures, blocks_of, requests
 from benchmarks.trace import TraceRequest, read, shareable, window
 from benchmarks.traces.generated import GENERATED, REQUESTS, generated
 from benchmarks.virtual import PASS_TOKENS, Engine, Timeline, prefill_seconds
+from common.routing.queue import QueueOptions
 
 import pytest
 
@@ -45,7 +46,10 @@ class TestEngine:
         """Nobody has a choice then, so all times are those of the engine; also with a cache that has to evict."""
         conditions = replace(ONE, blocks=blocks)
         trace = [one for one in window(short("readers"), 0, 120, 0.1) if one.input_tokens < 20_000]
-        ours, theirs = cluster.simulate("kv", trace, conditions), reference.replay(trace, conditions)
+        ours, theirs = (
+            cluster.simulate("kv", trace, conditions, queue=QueueOptions(0)),
+            reference.replay(trace, conditions),
+        )
         precision = 0.001 if blocks > 10_000 else 0.03  # of evictions, only what goes first is alike
         for name in ("ttft_mean", "ttft_p99", "total_mean", "total_p99"):
             assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=precision)
@@ -117,6 +121,7 @@ class TestRouting:
         assert made.replay(trace).ttft_mean > 0
         assert not made._router_of
         for router in made._routers:
+            assert not router._waiting
             for worker in router.fleet.workers.values():
                 assert (worker.requests, len(worker._held), len(worker._uncomputed)) == (0, 0, 0)
 

@@ -50,7 +50,9 @@ class Scene:
             "engine": Remote(GENERATE, _client(self.engines)),
         }
         self.report = RouterStatus(router=ROUTER, policy="kv", workers=[])
-        status = Status(stages, Remote(WORKERS, _client(LocalClient({ROUTER: self.workers}))), lambda: False)
+        none: Any = None  # which only health asks
+        workers = Remote(WORKERS, _client(LocalClient({ROUTER: self.workers})))
+        status = Status(stages, workers, none, none, lambda: False)
         feeds = [Remote(WATCH_FRONTEND, _client(self.frontends)), Remote(WATCH_ROUTER, _client(self.routers))]
         self.watch = Watch(feeds, status, cast(Any, self.stopping.wait), {"frontend": str(FRONTEND), "demo": True})
 

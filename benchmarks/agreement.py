@@ -17,7 +17,7 @@ AGREES = 0.1  # how far the mean time to the first token may be from the simulat
 
 
 def simulated(trace: Sequence[TraceRequest], setting: Setting) -> dict[str, Figures]:
-    """What becomes of requests in virtual time, by policy: of those that refuse none, for which there is no time."""
+    """What becomes of requests in virtual time, by policy. One that would refuse some is left out."""
     speedups = (setting.engine_speedup,) * setting.engines
     conditions = Conditions(speedups=speedups, blocks=setting.blocks, block_size=setting.block_size)
     found = {}

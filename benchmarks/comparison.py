@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.load import Measured
-from benchmarks.report import table
+from benchmarks.measure import TRUSTED_OTHERS
+from benchmarks.report import number, ratios, table
 
 OURS, THEIRS = "ours", "Dynamo's"
 PROGRAMS = ("frontend", "processor", "router", "dynamo.frontend", "engine", "nats", "etcd", "client")
 FRONTS = PROGRAMS[:4]  # the front parts; the other programs serve both
 TRUSTED_CLIENT = 0.8  # of a core; with more, the client may be what answers wait for
-TRUSTED_OTHERS = 0.1  # of the machine
 
 
 @dataclass(slots=True, frozen=True)
@@ -152,15 +152,3 @@ class Comparison:
 
 
 median = statistics.median
-
-
-def number(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def ratios(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """The median of the ratios of turns that followed each other, and their range; "-" if there is none."""
-    found = sorted(mine / other for mine, other in zip(ours, theirs, strict=True) if other)
-    spread = f" ({found[0]:.2f} to {found[-1]:.2f})" if len(found) > 1 else ""
-    return f"{statistics.median(found):.2f}{spread}" if found else "-"

@@ -12,14 +12,28 @@ from benchmarks.work import Work
 
 import psutil
 
+TRUSTED_OTHERS = 0.1  # of the machine; with more for what is no part of a benchmark, its figures are not trusted
+
+
+@dataclass(slots=True, frozen=True)
+class Load:
+    """What a pipeline is asked."""
+
+    trace: str
+    speedup: float  # of arrivals
+
+    def __str__(self) -> str:
+        return f"`{self.trace}` at {self.speedup:g} times its speed"
+
 
 @dataclass(slots=True, frozen=True)
 class Run:
-    """One policy at one speed. Times are in seconds."""
+    """One policy under one load, once. Times are in seconds."""
 
     policy: str
-    speedup: float  # of arrivals
-    rate: float  # requests a second
+    load: Load
+    turn: int  # from 1 on
+    tries: int  # of which this is the one where others used the machine least
     requests: int
     rejected: int
     failed: int
@@ -33,7 +47,8 @@ class Run:
     spread_computed: float  # the same for prompt tokens that were not cached
     engines_busy: float  # share of the time that engines were in a forward pass
     lost_passes: int  # forward passes that the two figures above do not know of
-    idle_ttft: float  # of a cached prompt of median length, before the trace began: what the pipeline itself takes
+    idle_ttft: float  # of a cached prompt of median length, before the trace began
+    own_ttft: float  # of that, what is not the engine's: what the pipeline itself takes
     lag_p99: float  # how late the client sent
     seconds: float  # from the first request to the end of the last answer
     cpu: "CpuShares"
@@ -71,13 +86,14 @@ class CpuMeter:
 
 def summarize(
     policy: str,
-    speedup: float,
+    load: Load,
+    turn: int,
     outcomes: Sequence[Outcome],
     work: Mapping[str, Work],
     *,
     engines: int,
     idle_ttft: float,
-    rate: float,
+    own_ttft: float,
     seconds: float,
     cpu: CpuShares,
 ) -> Run:
@@ -90,8 +106,9 @@ def summarize(
     prompt_tokens = sum(outcome.prompt_tokens for outcome in answered)
     return Run(
         policy=policy,
-        speedup=speedup,
-        rate=rate,
+        load=load,
+        turn=turn,
+        tries=1,
         requests=len(outcomes),
         rejected=rejected,
         failed=len(outcomes) - len(answered) - rejected,
@@ -106,12 +123,18 @@ def summarize(
         engines_busy=sum(engine.busy_seconds for engine in work.values()) / engines / seconds,
         lost_passes=sum(engine.lost_passes for engine in work.values()),
         idle_ttft=idle_ttft,
+        own_ttft=own_ttft,
         lag_p99=percentile(sorted(outcome.lag for outcome in outcomes), 99),
         seconds=seconds,
         cpu=cpu,
         errors=sorted({outcome.error for outcome in outcomes if outcome.error})[:3],
         ttfts=[round(ttft, 4) for ttft in ttfts],
     )
+
+
+def median_run(runs: Sequence[Run]) -> Run:
+    """The one with the median of mean times to the first token, or the one below it."""
+    return sorted(runs, key=lambda run: run.ttft_mean)[(len(runs) - 1) // 2]
 
 
 def mean(values: Sequence[float]) -> float:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.measure import Run
+from benchmarks.measure import Run, median_run
 
 try:
     import matplotlib
@@ -26,26 +26,34 @@ COLOURS = {
 PAIR = ("tab:blue", "tab:orange")  # ours, Dynamo's
 
 
-def draw(runs: Sequence[Run], title: str, file: Path) -> None:
-    """Draw the distribution of the time to the first token, and what the caches saved, for runs at one speed."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), width_ratios=(2, 1), layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    for run in runs:
-        shares = [number / len(run.ttfts) for number in range(1, len(run.ttfts) + 1)]
-        left.step(
-            run.ttfts, shares, where="post", label=f"{run.policy}: mean {run.ttft_mean:.2f} s", color=_colour(run)
-        )
-    left.set(xscale="log", ylim=(0, 1), xlabel="time to the first token (s)", ylabel="share of requests that had it")
-    left.grid(which="both", alpha=0.25)
-    left.legend(loc="lower right", frameon=False)
-    bars = right.barh(
-        [run.policy for run in runs], [run.cached_share * 100 for run in runs], color=list(map(_colour, runs))
+def draw(loads: Mapping[str, Mapping[str, Sequence[Run]]], file: Path) -> None:
+    """Draw the distribution of the time to the first token in the median turn of each policy, and what the caches saved
+    in all turns, from least to most.
+
+    loads: by title, and then by policy, the turns.
+    """
+    figure, axes = pyplot.subplots(
+        len(loads), 2, figsize=(11, 4.2 * len(loads)), width_ratios=(2, 1), layout="constrained", squeeze=False
     )
-    right.bar_label(bars, fmt="%.1f %%", padding=3)
-    right.margins(x=0.2)
-    right.invert_yaxis()
-    right.set(xlabel="prompt tokens served from cache (%)")
-    right.spines[["top", "right"]].set_visible(False)
+    for (title, policies), (left, right) in zip(loads.items(), axes, strict=True):
+        left.set_title(title, fontsize=10, loc="left")
+        for number, (policy, runs) in enumerate(policies.items()):
+            run, colour = median_run(runs), COLOURS.get(policy, "black")
+            shares = [count / len(run.ttfts) for count in range(1, len(run.ttfts) + 1)]
+            left.step(run.ttfts, shares, where="post", label=f"{policy}: mean {run.ttft_mean:.3g} s", color=colour)
+            cached = [100 * run.cached_share for run in runs]
+            middle = statistics.median(cached)
+            bar = right.barh(number, middle, xerr=[[middle - min(cached)], [max(cached) - middle]], color=colour)
+            right.bar_label(bar, fmt="%.1f %%", padding=3)
+        left.set(xscale="log", ylim=(0, 1), ylabel="share of requests that had it")
+        left.grid(which="both", alpha=0.25)
+        left.legend(loc="lower right", frameon=False)
+        right.set_yticks(range(len(policies)), list(policies))
+        right.margins(x=0.25)
+        right.invert_yaxis()
+        right.spines[["top", "right"]].set_visible(False)
+    axes[-1][0].set_xlabel("time to the first token (s), in the median turn")
+    axes[-1][1].set_xlabel("prompt tokens from caches (%)")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
@@ -92,10 +100,6 @@ def draw_bars(points: Sequence[str], owners: Mapping[str, Sequence[float]], titl
     axis.legend(frameon=False, ncols=len(owners), loc="lower center", bbox_to_anchor=(0.5, 1))
     picture.savefig(file, dpi=120)
     pyplot.close(picture)
-
-
-def _colour(run: Run) -> str:
-    return COLOURS.get(run.policy, "black")
 
 
 def draw_chaos(ends: Mapping[str, Sequence[float]], faults: Mapping[str, Sequence[float]], file: Path) -> None:

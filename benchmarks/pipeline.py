@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,25 @@ class Setting:
     engine_speedup: float  # times faster than the GPU that is simulated
 
 
+@dataclass(slots=True, frozen=True)
+class Variant:
+    """A policy of router.py with settings of its own."""
+
+    policy: str
+    options: Sequence[str] = ()  # of launch.py
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+# By name; any other name is that of a policy as it is by default. The settings are those of reference.TUNED.
+VARIANTS = {
+    "dynamo-tuned": Variant(
+        "dynamo",
+        ("--prefill-load-scale", "32"),
+        {"DYN_ROUTER_QUEUE_THRESHOLD": "0", "DYN_ROUTER_QUEUE_POLICY": "wspt"},
+    )
+}
+
+
 @dataclass(slots=True)
 class Pipeline:
     """A pipeline that runs."""
@@ -53,21 +72,23 @@ class Pipeline:
 @contextmanager
 def running(setting: Setting, policy: str, model: Path, folder: Path) -> Iterator[Pipeline]:
     """Start a pipeline with empty caches, and end it after the block. Its output goes to a file in `folder`."""
-    options = ["--backend", "mocker", "--policy", policy, "--model", str(model), "--engines", str(setting.engines)]
+    variant = VARIANTS.get(policy, Variant(policy))
+    options = ["--backend", "mocker", "--model", str(model), "--engines", str(setting.engines)]
     options += ["--block-size", str(setting.block_size), "--mocker-blocks", str(setting.blocks)]
     options += ["--mocker-speedup", str(setting.engine_speedup), "--routers", "1"]
-    with launched(options, folder / f"{policy}.log") as pipeline:
+    options += ["--policy", variant.policy, *variant.options]
+    with launched(options, folder / f"{policy}.log", variant.environment) as pipeline:
         yield pipeline
 
 
 @contextmanager
-def launched(options: Sequence[str], log: Path) -> Iterator[Pipeline]:
+def launched(options: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Pipeline]:
     """Start a pipeline as a user does, with these options, and end it after the block. Its output goes to `log`."""
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "scripts.launch", "--port", str(port), *options]
     # Servers that the user runs may have other engines in them.
-    environment = {name: value for name, value in os.environ.items() if name not in ("NATS_SERVER", "ETCD_ENDPOINTS")}
-    launch = spawn(command, log, environment, signal.SIGINT)
+    ours = {name: value for name, value in os.environ.items() if name not in ("NATS_SERVER", "ETCD_ENDPOINTS")}
+    launch = spawn(command, log, {**ours, **(environment or {})}, signal.SIGINT)
     try:
         servers = _wait_until_up(launch, log)
         yield Pipeline(f"http://127.0.0.1:{port}", servers, psutil.Process(launch.pid))

@@ -1,6 +1,7 @@
 """Prompts of wanted lengths: texts that begin with the same tokens exactly where the trace says so."""
 
 import random
+from dataclasses import replace
 from functools import lru_cache
 
 from benchmarks.trace import TraceRequest
@@ -11,6 +12,7 @@ import msgspec
 
 SEED = 2026
 FEWEST_WORDS = 64  # 16 tokens drawn from so many words differ from any other 16
+TEMPLATE = -1  # the id of a piece that no trace has
 TRIAL_LENGTHS = (1, 2, 17, 1000)  # words
 
 
@@ -43,6 +45,11 @@ class Prompts:
     def tokens(self, request: TraceRequest) -> int:
         """How long the prompt is with the chat template around it."""
         return self._template_tokens + request.input_tokens
+
+    def wrapped(self, request: TraceRequest) -> TraceRequest:
+        """What an engine gets of a request: a prompt with the tokens of the chat template, all of them at its
+        beginning, which is as good for a simulation: fewer than a block, they are the same in all prompts."""
+        return replace(request, pieces=((TEMPLATE, self._template_tokens), *request.pieces))
 
     def _count_template_tokens(self) -> int:
         """What the chat template adds, which must not depend on the text. Raises SystemExit if it does."""

@@ -1,31 +1,37 @@
-"""Compares routing policies: replays a trace through the real pipeline, with simulated engines, once for each policy.
+"""Compares routing policies: replays traces through the real pipeline, with simulated engines, by turns.
 
-Every policy gets the same requests at the same times and engines with empty caches. Prints Markdown tables to standard
-output, and writes them to a file beside a picture and a JSON with everything.
+Every policy gets the same requests at the same times and engines with empty caches, several times, and they take turns.
+Prints Markdown tables to standard output, and writes them to a file beside a picture and a JSON with everything.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
 import signal
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from benchmarks import report
-from benchmarks.measure import CpuMeter, Run, summarize
+from benchmarks.agreement import agreement_table, cached_seconds, disagreements, simulated
+from benchmarks.cluster import Figures
+from benchmarks.measure import TRUSTED_OTHERS, CpuMeter, Load, Run, summarize
 from benchmarks.picture import draw
-from benchmarks.pipeline import REPOSITORY, Pipeline, Setting, running, simulated_model
+from benchmarks.pipeline import REPOSITORY, VARIANTS, Pipeline, Setting, running, simulated_model
 from benchmarks.prompts import Prompts
 from benchmarks.replay import Planned, WrongLength, ask, replay, session
-from benchmarks.trace import TraceRequest, read, shareable
+from benchmarks.simulate import ANSWER_SCALE, PARTS, trace_of
+from benchmarks.trace import TraceRequest, read, scaled, shareable
 from benchmarks.work import Observer, Work
 from common.model import resolve_model
 from common.routing.policy import POLICIES
@@ -33,38 +39,50 @@ from common.text.chat_model import ChatModel
 
 from tqdm import tqdm
 
-# The reference last. A trace names no sessions, so session-affinity would be kv.
-RUN = (*(name for name in reversed(POLICIES) if name != "session-affinity"), "dynamo")
-BLIND = ("random", "round-robin")  # what they find in a cache is luck
-TRACE = Path(__file__).parent / "traces" / "conversation.jsonl.gz"
+# A trace names no sessions, so session-affinity would be kv.
+NAMES = (*(name for name in POLICIES if name != "session-affinity"), "dynamo", *VARIANTS)
+SECONDS = 70  # of a trace that are replayed, unless it is said how many requests
 WARM_UPS = 3  # for each engine, so that also a blind policy has shown the prompt to most of them
 FULL = {
+    "trace": ["conversation", "tool-agents"],
     "engines": 8,
-    "requests": 850,
-    "speedup": [6.5],
+    "requests": None,
+    "speedup": None,
     "scale": 1.0,
-    "answer_scale": 0.1,
-    "policies": RUN,
+    "turns": 3,
+    "repeats": 2,
+    "policies": ("kv", "dynamo", "dynamo-tuned", "round-robin"),
 }
-SHORT = FULL | {"engines": 6, "requests": 400, "speedup": [10.0], "scale": 0.5, "policies": (*BLIND, "kv")}
+SHORT = FULL | {
+    "trace": ["coding-agents"],
+    "engines": 4,
+    "requests": 120,
+    "speedup": [15.0],
+    "scale": 0.25,
+    "turns": 1,
+    "repeats": 0,
+    "policies": ("kv", "dynamo", "round-robin"),
+}
 
 
 @dataclass(slots=True, frozen=True)
 class Workload:
-    """The requests of a run: those of the trace, and one for the idle pipeline."""
+    """The requests of a load, and one for the idle pipeline."""
 
+    load: Load
+    trace: Sequence[TraceRequest]
     plan: Sequence[Planned]
     warm_up: Planned
+    figures: Mapping[str, Figures]  # by policy, what becomes of them in virtual time
 
-    @classmethod
-    def make(cls, prompts: Prompts, trace: Sequence[TraceRequest]) -> "Workload":
-        median = round(statistics.median(request.input_tokens for request in trace))
-        warm_up = TraceRequest(arrival=0.0, pieces=((-1, median),), output_tokens=1)
-        return cls([_planned(prompts, request) for request in trace], _planned(prompts, warm_up))
-
-
-def _planned(prompts: Prompts, request: TraceRequest) -> Planned:
-    return Planned(request.arrival, prompts.body(request), prompts.tokens(request), request.output_tokens)
+    def __str__(self) -> str:
+        rate = len(self.trace) / max(self.trace[-1].arrival, 1.0)
+        return (
+            f"{self.load}: {len(self.trace)} requests, {rate:.1f} a second, with a mean of "
+            f"{statistics.mean(request.input_tokens for request in self.trace):,.0f} tokens in and "
+            f"{statistics.mean(request.output_tokens for request in self.trace):,.0f} out; "
+            f"{shareable(self.trace):.1%} of the prompt tokens are repetitions"
+        )
 
 
 class Benchmark:
@@ -77,23 +95,36 @@ class Benchmark:
         self._model = simulated_model(source, folder)
         self._prompts = Prompts(ChatModel(str(self._model), source.name))
 
-    def workload(self, trace: Sequence[TraceRequest]) -> Workload:
+    def workload(self, load: Load, trace: Sequence[TraceRequest]) -> Workload:
         """Requests from a trace. Raises SystemExit if one of them does not fit into an engine."""
         capacity = self._setting.blocks * self._setting.block_size
         longest = max(self._prompts.tokens(request) + request.output_tokens for request in trace)
         if longest > capacity:
             raise SystemExit(f"a request has {longest} tokens and an engine room for {capacity}: --blocks, --scale")
-        return Workload.make(self._prompts, trace)
+        median = round(statistics.median(request.input_tokens for request in trace))
+        warm_up = TraceRequest(arrival=0.0, pieces=((-1, median),), output_tokens=1)
+        return Workload(
+            load=load,
+            trace=trace,
+            plan=[self._planned(request) for request in trace],
+            warm_up=self._planned(warm_up),
+            figures=simulated([self._prompts.wrapped(request) for request in trace], self._setting),
+        )
 
-    def run(self, policy: str, speedup: float, workload: Workload, progress: "tqdm[NoReturn]") -> Run:
+    def _planned(self, request: TraceRequest) -> Planned:
+        prompts = self._prompts
+        return Planned(request.arrival, prompts.body(request), prompts.tokens(request), request.output_tokens)
+
+    def run(self, policy: str, turn: int, workload: Workload, progress: "tqdm[NoReturn]") -> Run:
+        progress.reset()
         progress.set_postfix_str("starting")
         with running(self._setting, policy, self._model, self._folder) as pipeline:
-            run = asyncio.run(self._measure(pipeline, policy, speedup, workload, progress))
+            run = asyncio.run(self._measure(pipeline, policy, turn, workload, progress))
             progress.set_postfix_str("ending")
             return run
 
     async def _measure(
-        self, pipeline: Pipeline, policy: str, speedup: float, workload: Workload, progress: "tqdm[NoReturn]"
+        self, pipeline: Pipeline, policy: str, turn: int, workload: Workload, progress: "tqdm[NoReturn]"
     ) -> Run:
         async with Observer.running(pipeline.servers) as observer:
             idle_ttft = await self._idle_ttft(pipeline, workload.warm_up)
@@ -106,12 +137,13 @@ class Benchmark:
             work = await observer.work()
         return summarize(
             policy,
-            speedup,
+            workload.load,
+            turn,
             outcomes,
             {engine: work[engine].since(before.get(engine, Work())) for engine in work},
             engines=self._setting.engines,
             idle_ttft=idle_ttft,
-            rate=len(outcomes) / max(workload.plan[-1].due, 1.0),
+            own_ttft=idle_ttft - cached_seconds(workload.warm_up.prompt_tokens, self._setting),
             seconds=seconds,
             cpu=shares,
         )
@@ -135,68 +167,91 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     args.output.mkdir(parents=True, exist_ok=True)
     setting = Setting(args.engines, args.block_size, args.blocks, args.engine_speedup)
+    done: list[tuple[Workload, list[Run]]] = []
+    text = ""
     try:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-            runs = run_all(args, Benchmark(setting, Path(folder)))
+            for one in run_all(args, Benchmark(setting, Path(folder))):
+                done.append(one)
+                text = describe(args, done)
+                write(args, done, text)
     except WrongLength as error:
         raise SystemExit(f"this would measure something else: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
-    text = describe(args, runs)
     print(text)
-    write(args, runs, text)
 
 
-def run_all(args: argparse.Namespace, benchmark: Benchmark) -> list[Run]:
-    runs: list[Run] = []
-    count = len(args.speedup) * len(args.policies)
-    for speedup in args.speedup:
-        trace = read(args.trace, limit=args.requests, speedup=speedup, scale=args.scale, answer_scale=args.answer_scale)
-        workload = benchmark.workload(trace)
-        for policy in args.policies:
-            title = f"{policy} at speedup {speedup:g} ({len(runs) + 1} of {count})"
-            with tqdm(total=len(trace), desc=title, unit="request", disable=None) as progress:
-                runs.append(benchmark.run(policy, speedup, workload, progress))
-    return runs
+def run_all(args: argparse.Namespace, benchmark: Benchmark) -> Iterator[tuple[Workload, list[Run]]]:
+    """Yield all turns of each load, in the order in which they ran."""
+    workloads = [benchmark.workload(*one) for one in loads(args)]
+    numbers, total = itertools.count(1), len(workloads) * args.turns * len(args.policies)
+    for workload in workloads:
+        runs: list[Run] = []
+        for turn, policy in in_turns(args.policies, args.turns):
+            title = f"{workload.load.trace}, turn {turn}, {policy} ({next(numbers)} of {total})"
+            with tqdm(total=len(workload.plan), desc=title, unit="request", disable=None) as progress:
+                runs.append(quietest(partial(benchmark.run, policy, turn, workload, progress), args.repeats))
+        yield workload, runs
 
 
-def describe(args: argparse.Namespace, runs: Sequence[Run]) -> str:
+def quietest(run: Callable[[], Run], repeats: int) -> Run:
+    """Run, and again while others are busy on this machine, so many times at most. The quietest run counts."""
+    tries = [run()]
+    while tries[-1].cpu.others > TRUSTED_OTHERS and len(tries) <= repeats:
+        tries.append(run())
+    return replace(min(tries, key=lambda one: one.cpu.others), tries=len(tries))
+
+
+def in_turns(policies: Sequence[str], turns: int) -> Iterator[tuple[int, str]]:
+    """Each policy in each turn, from 1 on. Every second turn is the other way round, so that nobody is always first."""
+    for turn in range(1, turns + 1):
+        yield from ((turn, policy) for policy in (policies if turn % 2 else reversed(policies)))
+
+
+def loads(args: argparse.Namespace) -> Iterator[tuple[Load, list[TraceRequest]]]:
+    """The loads that were asked for, and their requests."""
+    for name in args.trace:
+        recorded = trace_of(name, 1.0) if name in PARTS else read(Path(name))
+        for speedup in args.speedup or [PARTS[name][0].speedup if name in PARTS else 1.0]:
+            trace = [scaled(one, speedup, args.scale, args.answer_scale) for one in recorded[: args.requests]]
+            if args.requests is None:
+                trace = [one for one in trace if one.arrival < SECONDS]
+            yield Load(Path(name).name, speedup), trace
+
+
+def describe(args: argparse.Namespace, done: Sequence[tuple[Workload, Sequence[Run]]]) -> str:
     """The report, in Markdown."""
-    parts = [_conditions(args)]
-    for speedup in args.speedup:
-        here = [run for run in runs if run.speedup == speedup]
-        parts.append(f"Speedup {speedup:g}: {here[0].rate:.1f} requests a second.")
-        parts += [report.latency_table(here), report.ratio_table(here), report.machine_table(here)]
-    if len(args.speedup) > 1 and "round-robin" in args.policies:
-        parts.append(report.load_table(runs))
-        if "kv" in args.policies:
-            parts.append(report.vanishing_load(runs))
-    parts += [f"Warning: {warning}." for warning in report.warnings(runs)]
+    parts = [
+        f"{args.engines} engines with {args.blocks:,} blocks of {args.block_size} tokens each. Turns: "
+        f"{args.turns}. Medians, with the least and the most in brackets; ratios are those of runs in the same turn."
+    ]
+    for workload, runs in done:
+        tables = report.latency_table(runs), report.ratio_table(runs), report.run_table(runs)
+        doubts = report.warnings(runs) + disagreements(runs, workload.figures)
+        parts += [f"{workload}.", *tables, agreement_table(runs, workload.figures)]
+        parts += [f"Warning: {doubt}." for doubt in doubts]
     return "\n\n".join(part for part in parts if part)
 
 
-def _conditions(args: argparse.Namespace) -> str:
-    trace = read(args.trace, limit=args.requests, scale=args.scale, answer_scale=args.answer_scale)
-    return (
-        f"{len(trace)} requests of `{args.trace.name}`, lengths times {args.scale:g}: a mean of "
-        f"{statistics.mean(request.input_tokens for request in trace):,.0f} tokens in and "
-        f"{statistics.mean(request.output_tokens for request in trace):,.0f} out; {shareable(trace):.1%} of the prompt "
-        f"tokens are repetitions. {args.engines} engines with {args.blocks:,} blocks of {args.block_size} tokens each."
-    )
-
-
-def write(args: argparse.Namespace, runs: Sequence[Run], text: str) -> None:
-    """Write the report, the JSON, and a picture for each speed."""
+def write(args: argparse.Namespace, done: Sequence[tuple[Workload, Sequence[Run]]], text: str) -> None:
+    """Write the report, the JSON, and the picture."""
     (args.output / "routing.md").write_text(text + "\n")
-    settings = {name: str(value.name) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings = vars(args) | {"trace": [Path(name).name for name in args.trace]}
     del settings["output"]
-    document = {"settings": settings, "machine": machine(), "runs": [asdict(run) for run in runs]}
+    document = {
+        "settings": settings,
+        "machine": machine(),
+        "runs": [asdict(run) for _, runs in done for run in runs],
+        "simulated": [
+            {"load": asdict(workload.load), "policy": policy, **asdict(figures)}
+            for workload, _ in done
+            for policy, figures in workload.figures.items()
+        ],
+    }
     (args.output / "routing.json").write_text(json.dumps(document, indent=1) + "\n")
-    for speedup in args.speedup:
-        here = [run for run in runs if run.speedup == speedup]
-        name = "routing.png" if len(args.speedup) == 1 else f"routing-{speedup:g}.png"
-        title = f"{args.trace.name}, {args.engines} engines, {here[0].rate:.1f} requests a second"
-        draw(here, title, args.output / name)
+    titles = {f"{workload.load}, {args.engines} engines".replace("`", ""): runs for workload, runs in done}
+    draw({title: report.by_policy(runs) for title, runs in titles.items()}, args.output / "routing.png")
 
 
 def count(text: str) -> int:
@@ -213,8 +268,8 @@ def factor(text: str) -> float:
 
 def policies(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    if unknown := set(names) - set(RUN):
-        raise argparse.ArgumentTypeError(f"no such policy: {', '.join(unknown)}; there are {', '.join(RUN)}")
+    if unknown := set(names) - set(NAMES):
+        raise argparse.ArgumentTypeError(f"no such policy: {', '.join(unknown)}; there are {', '.join(NAMES)}")
     return names
 
 
@@ -229,22 +284,42 @@ def machine() -> dict[str, object]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.routing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.routing",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--short", action="store_true", help="three policies and fewer, shorter requests: two minutes")
-    parser.add_argument("--trace", type=Path, default=TRACE, help="in Mooncake's format, plain or .gz")
-    parser.add_argument("--requests", type=count, help="how many of the trace's requests (default: %(default)s)")
-    parser.add_argument("--policies", type=policies, help="with commas between them")
-    parser.add_argument("--speedup", type=factor, nargs="+", help="of arrivals; several for a sweep of loads")
+    parser.add_argument("--short", action="store_true", help="whether all of it works: a minute, and no figures")
+    parser.add_argument(
+        "--trace",
+        nargs="+",
+        metavar="TRACE",
+        help=f"one of {', '.join(PARTS)}, or a file in Mooncake's format, plain or .gz; several one after the other",
+    )
+    parser.add_argument("--turns", type=count, help="that each policy has (default: %(default)s)")
+    parser.add_argument("--policies", type=policies, help=f"with commas between them, of {', '.join(NAMES)}")
+    parser.add_argument("--requests", type=count, help=f"of each trace (default: those that come in {SECONDS} s)")
+    parser.add_argument(
+        "--speedup",
+        type=factor,
+        nargs="+",
+        help="of arrivals; several for a sweep of loads (default: each trace's own, a file's is 1)",
+    )
     parser.add_argument("--scale", type=factor, help="of the lengths of prompts and answers")
-    parser.add_argument("--answer-scale", type=factor, help="of the lengths of answers, on top of --scale")
+    parser.add_argument(
+        "--answer-scale", type=factor, default=ANSWER_SCALE, help="of the lengths of answers, on top of --scale"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help="at most, of a run in which others took more than a tenth of the machine (default: %(default)s)",
+    )
     parser.add_argument("--engines", type=count)
     parser.add_argument("--block-size", type=count, default=64, help="tokens in a KV block")
     parser.add_argument("--blocks", type=count, default=12288, help="KV blocks of an engine")
     parser.add_argument("--engine-speedup", type=factor, default=0.4, help="of engines over the simulated GPU")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "build" / "benchmarks", help="folder")
-    early, _ = parser.parse_known_args()
-    parser.set_defaults(**(SHORT if early.short else FULL))
+    parser.set_defaults(**(SHORT if "--short" in sys.argv else FULL))
     return parser.parse_args()
 
 

@@ -13,7 +13,7 @@ for fewer tokens, and says so in `block_size`.
 import gzip
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -55,14 +55,21 @@ def read(
     if not lines:
         raise SystemExit(f"{file}: no requests in it")
     start = lines[0].timestamp
-    return [
-        TraceRequest(
-            arrival=(line.timestamp - start) / 1000 / speedup,
-            pieces=_pieces(line, scale),
-            output_tokens=max(round(line.output_length * scale * answer_scale), 1),
-        )
-        for line in lines
-    ]
+    recorded = [TraceRequest((line.timestamp - start) / 1000, _pieces(line), line.output_length) for line in lines]
+    return [scaled(request, speedup, scale, answer_scale) for request in recorded]
+
+
+def scaled(request: TraceRequest, speedup: float, scale: float, answer_scale: float) -> TraceRequest:
+    """A request that comes `speedup` times sooner, with lengths times `scale`, and that of its answer times
+    `answer_scale` besides. Pieces end where they end in every prompt, so that equal ones stay equal."""
+    ends = [round(end * scale) for end in accumulate(tokens for _, tokens in request.pieces)]
+    ends[-1] = max(ends[-1], 1)
+    lengths = [end - begin for begin, end in pairwise([0, *ends])]
+    return TraceRequest(
+        arrival=request.arrival / speedup,
+        pieces=tuple((piece, length) for (piece, _), length in zip(request.pieces, lengths, strict=True) if length),
+        output_tokens=max(round(request.output_tokens * scale * answer_scale), 1),
+    )
 
 
 def window(trace: Sequence[TraceRequest], first: int, requests: int, speedup: float = 1.0) -> list[TraceRequest]:
@@ -71,7 +78,7 @@ def window(trace: Sequence[TraceRequest], first: int, requests: int, speedup: fl
     return [replace(one, arrival=(one.arrival - part[0].arrival) / speedup) for one in part]
 
 
-def shareable(requests: list[TraceRequest]) -> float:
+def shareable(requests: Sequence[TraceRequest]) -> float:
     """The share of prompt tokens that one cache without limits would serve."""
     seen: set[int] = set()
     shared = 0
@@ -97,10 +104,9 @@ def _lines(file: Path) -> Iterator[_Line]:
         raise SystemExit(f"cannot read the trace {file}: {error}") from error
 
 
-def _pieces(line: _Line, scale: float) -> tuple[tuple[int, int], ...]:
-    """Each ends where it ends in every prompt, so that equal ones stay equal whatever the scale."""
-    length = max(round(line.input_length * scale), 1)
-    ends = [min(round(number * line.block_size * scale), length) for number in range(1, len(line.hash_ids) + 1)]
+def _pieces(line: _Line) -> tuple[tuple[int, int], ...]:
+    length = max(line.input_length, 1)
+    ends = [min(number * line.block_size, length) for number in range(1, len(line.hash_ids) + 1)]
     ends[-1] = length
-    tokens = (end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True))
+    tokens = (end - begin for begin, end in pairwise([0, *ends]))
     return tuple((hash_id, count) for hash_id, count in zip(line.hash_ids, tokens, strict=True) if count)

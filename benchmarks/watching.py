@@ -25,9 +25,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from benchmarks.comparison import FRONTS, Point, Result, number, ratios
+from benchmarks.comparison import FRONTS, Point, Result
 from benchmarks.parts import Parts
-from benchmarks.report import table
+from benchmarks.report import number, ratios, table
 from benchmarks.routing import count, factor
 from benchmarks.throughput import ENGINES, ENGINES_OF, Benchmark, Side, load, ours
 from common.engines.ports import free_ports

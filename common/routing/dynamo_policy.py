@@ -24,6 +24,7 @@ _VARIABLES = {
     "decode_active_request_weight": "DYN_ROUTER_DECODE_ACTIVE_REQUEST_WEIGHT",
     "router_temperature": "DYN_ROUTER_TEMPERATURE",
 }
+_PASS_TOKENS = 8192  # of prompts in a forward pass: the default of SGLang and of the mocker
 
 
 class DynamoPolicy:
@@ -31,6 +32,10 @@ class DynamoPolicy:
 
     It reads the KV events of the workers itself, at the addresses that they announce: what was stored before it came,
     from their next event on. A request that is moved to another worker is chosen for among the others, as any is.
+
+    With DYN_ROUTER_QUEUE_THRESHOLD in the environment, prompts wait in it while every worker has more to compute than
+    this share of a forward pass, and go on in the order of DYN_ROUTER_QUEUE_POLICY: `fcfs`, or `wspt`, the shortest
+    first.
     """
 
     def __init__(self, fleet: Fleet, weights: Weights) -> None:
@@ -105,6 +110,7 @@ class DynamoPolicy:
                             "replay_endpoint": info.kv_replay,
                             "block_size": info.model.block_size,
                             "total_kv_blocks": info.total_blocks,
+                            "max_num_batched_tokens": _PASS_TOKENS,  # with a queue, it takes no worker without it
                         }
                     )
                     self._known.add(info.instance_id)

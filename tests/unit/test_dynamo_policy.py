@@ -77,6 +77,15 @@ class Scene:
             for load in model["loads"]
         }
 
+    async def until_pending(self, count: int) -> None:
+        """Return once so many requests wait in Dynamo's queue."""
+        async with asyncio.timeout(30):
+            while True:
+                models: Any = self.policy._service.loads()
+                if sum(model["pending_count"] for model in models) == count:
+                    return
+                await asyncio.sleep(0.01)
+
     def close(self) -> None:
         self.policy._service.shutdown()
         for task in self._answering:
@@ -229,6 +238,33 @@ def test_models_and_block_sizes_are_told_apart() -> None:
         assert await scene.chosen(model=other) == 4
 
     play(scenario, 1, 2)
+
+
+def test_with_a_queue_the_shortest_prompt_goes_on_when_a_worker_has_nothing_to_compute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DYN_ROUTER_QUEUE_THRESHOLD", "0")
+    monkeypatch.setenv("DYN_ROUTER_QUEUE_POLICY", "wspt")
+    taken: list[str] = []
+
+    async def scenario(scene: Scene) -> None:
+        async def ask(name: str, tokens: Sequence[int]) -> None:
+            async with scene.policy.lease(scene.candidates(tokens)):
+                taken.append(name)
+
+        async with scene.policy.lease(scene.candidates()):
+            asked = {"long": OTHERS, "gone": OTHERS, "short": OTHERS[:BLOCK_SIZE]}
+            tasks = {name: asyncio.create_task(ask(name, tokens)) for name, tokens in asked.items()}
+            await scene.until_pending(3)
+            tasks.pop("gone").cancel()
+            await scene.until_pending(2)
+            assert taken == []
+        async with asyncio.timeout(30):
+            await asyncio.gather(*tasks.values())
+        assert taken == ["short", "long"]
+        assert scene.loads() == {1: (0, 0)}
+
+    play(scenario, 1)
 
 
 class TestWeights:

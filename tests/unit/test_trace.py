@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import percentile, spread
-from benchmarks.routing import TRACE
+from benchmarks.simulate import CONVERSATION
 from benchmarks.trace import read, shareable
 from benchmarks.work import Work
 
@@ -69,7 +69,7 @@ def test_a_bad_file_is_named(tmp_path: Path, content: bytes | None) -> None:
 
 
 def test_the_trace_that_comes_with_the_benchmark() -> None:
-    trace = read(TRACE)
+    trace = read(CONVERSATION)
     assert len(trace) == 5801
     assert shareable(trace) == pytest.approx(0.375, abs=0.005)  # as in the whole trace
 

@@ -78,7 +78,18 @@ def run(name: str, options: Sequence[str], model: Path, folder: Path, args: argp
     """Ask at every rate, of one pipeline, which is given time to recover in between."""
     prompts = Prompts(ChatModel(str(model), model.name))
     results = []
-    fixed = ["--backend", "mocker", "--mocker-speedup", str(SPEED), "--engines", str(ENGINES), "--block-size", "64"]
+    fixed = [
+        "--keepalive-seconds",
+        "0",
+        "--backend",
+        "mocker",
+        "--mocker-speedup",
+        str(SPEED),
+        "--engines",
+        str(ENGINES),
+        "--block-size",
+        "64",
+    ]
     with launched([*fixed, "--model", str(model), *options], folder / f"{name}.log") as pipeline:
         for times in args.times:
             rate = times * capacity()

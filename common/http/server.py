@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
 from common.errors import StartupError
+from common.http.protocol import BoundedProtocol
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -38,7 +39,7 @@ async def listening(
     """
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=BoundedProtocol,
         loop="none",
         lifespan="off",
         log_config=None,

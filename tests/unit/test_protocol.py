@@ -1,0 +1,90 @@
+"""What a client may send is bounded before anything else sees it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from common.engines.ports import free_ports
+from common.http import protocol
+from common.http.protocol import HEADER_BYTES
+from common.http.server import listening
+
+import pytest
+
+BEGIN = b"POST / HTTP/1.1\r\nhost: x\r\n"
+Scenario = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the size of the body."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        size += len(message["body"])
+        more = message["more_body"]
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(str(size)))]})
+    await send({"type": "http.response.body", "body": str(size).encode()})
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+def play(scenario: Scenario) -> None:
+    async def run() -> None:
+        (port,) = free_ports(1)
+        async with listening(echo, "127.0.0.1", port, never):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            await asyncio.wait_for(scenario(reader, writer), 10)
+            writer.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b""])
+def test_headers_without_end_are_refused(end: bytes) -> None:
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(BEGIN)
+        for number in range(100):
+            writer.write(b"x-%d: " % number + b"a" * 1000 + end)
+        assert (await reader.read()).startswith(b"HTTP/1.1 431 ")
+
+    play(scenario)
+
+
+def test_many_headers_and_a_large_body_are_taken_again_and_again() -> None:
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(3):
+            writer.write(BEGIN + b"x-long: " + b"a" * (HEADER_BYTES - 200) + b"\r\ncontent-length: 300000\r\n\r\n")
+            writer.write(b"b" * 300_000)
+            assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+            assert await reader.readexactly(6) == b"300000"
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("sent", [b"", BEGIN, BEGIN + b"content-length: 5\r\n\r\nabc"])
+def test_a_request_that_does_not_arrive_ends(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "REQUEST_SECONDS", 0.2)
+
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(sent)
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 408 ") or (b"abc" in sent and not answer)
+
+    play(scenario)
+
+
+def test_a_connection_that_waits_for_its_next_request_may_do_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "REQUEST_SECONDS", 0.2)
+
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            writer.write(BEGIN + b"content-length: 1\r\n\r\na")
+            assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(1)
+            await asyncio.sleep(0.4)
+
+    play(scenario)

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from typing import Any, Self, cast
 
 from common.errors import NotFound
+from common.http.access import Guard
 from common.http.exchange import Observer
 from common.http.status import Status
 from common.messages import WORKERS, PromptTokensDetails, Usage
@@ -138,6 +139,7 @@ class Door:
         strict_fields: bool = False,
         observers: Sequence[Observer] = (),
         routes: Sequence[APIRouter] = (),
+        guard: Guard | None = None,
     ) -> None:
         runtime: Any = None
         self.service = Service(runtime, drain_seconds=0.0)
@@ -154,7 +156,7 @@ class Door:
         )
         remotes = {name: Remote(WORKERS, _client(handlers)) for name, handlers in (stages or {}).items()}
         status = Status(remotes, Remote(WORKERS, _client(routers or {})), lambda: self.service.stopping)
-        self.app: Any = self.frontend.app(cors_origins, [status.routes(), *routes], observers)
+        self.app: Any = self.frontend.app(cors_origins, [status.routes(), *routes], observers, guard=guard)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return self.request("GET", path, **options)

@@ -112,7 +112,7 @@ class _Guarded:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
-        if not OPEN.fullmatch(scope["path"]):
+        if scope["type"] == "http" and not OPEN.fullmatch(scope["path"]):
             exchange = scope["exchange"]
             scheme, _, key = exchange.headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer":

@@ -125,8 +125,6 @@ def arguments() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     sys.exit(run(main, arguments().parse_args()))
 elif __name__ == "__mp_main__":  # a process that SGLang spawned: it imports this file before anything of SGLang
-    from common.engines.die_with_parent import die_with_named_parent
-    from common.engines.sglang_cpu import activate_in_child
+    from common.engines.sglang_child import prepare
 
-    die_with_named_parent()
-    activate_in_child()
+    prepare()

@@ -26,6 +26,7 @@ from typing import Any
 from common.errors import Cancelled, Internal, InvalidRequest, Overloaded, Unavailable
 from common.events import WATCH_FRONTEND, WATCH_PROCESSOR, WATCH_ROUTER, Feed
 from common.http import page
+from common.http.access import Guard, guard
 from common.http.body import JsonRoute
 from common.http.canary import Canary
 from common.http.demo import Demo
@@ -111,9 +112,10 @@ class Frontend:
         routes: Sequence[APIRouter] = (),
         observers: Sequence[Observer] = (),
         runtime_parent: RuntimeParent | None = None,
+        guard: Guard | None = None,
     ) -> ASGIApp:
         """The HTTP application, with more paths than its own, and with those who watch its requests. runtime_parent: of
-        the spans that the runtime has of a request."""
+        the spans that the runtime has of a request; guard: lets those pass who may use it."""
         app = FastAPI(title="Inference pipeline", description=__doc__)
         app.router.route_class = JsonRoute
         add_error_handlers(app)
@@ -136,7 +138,7 @@ class Frontend:
         app.add_api_route("/v1/models/{model:path}", self.get_model, responses=errors(404, 503))
         for more in routes:
             app.include_router(more)
-        exchanges = Exchanges(app, self._service.in_progress, observers, runtime_parent)
+        exchanges = Exchanges(guard(app) if guard else app, self._service.in_progress, observers, runtime_parent)
         if not cors_origins:
             return exchanges
         return CORSMiddleware(  # around all, for a page is to read errors too
@@ -310,7 +312,8 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     observers: list[Observer] = [RequestEvents(feed, show_prompts=args.show_prompts), metrics]
     if args.record:
         observers.append(Recorder(args.record))
-    app = frontend.app(args.cors_origin, routes, observers, RuntimeParent(runtime, service))
+    guarding = guard(args.api_keys_file, args.host)
+    app = frontend.app(args.cors_origin, routes, observers, RuntimeParent(runtime, service), guarding)
     async with service, listening(app, args.host, args.port, service.stopped, reuse_port=args.reuse_port):
         service.add(events, WATCH_FRONTEND, feed.watch)
         service.add(endpoint, CHAT_COMPLETIONS, frontend.chat_completions)
@@ -334,6 +337,7 @@ def arguments() -> argparse.ArgumentParser:
     options.add_argument(
         "--cors-origin", action="append", default=[], help="origin whose pages may call this server; * for all"
     )
+    options.add_argument("--api-keys-file", type=os.path.abspath, help="file of keys, one a line: clients need one")
     options.add_argument(
         "--keepalive-seconds", type=float, default=15.0, help="a client that waits hears of it so often; 0: never"
     )

@@ -356,10 +356,8 @@ def _gave_up(decision: RoutingDecision, context: Context) -> Cancelled | Unavail
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     resolved = resolve_model(args.model)
     identity = identify(resolved, name=args.model_name, block_size=args.block_size)
-    describe, process = runtime.endpoint(DESCRIBE_MODEL.path), runtime.endpoint(PROCESS.path)
-    events = runtime.endpoint(WATCH_PROCESSOR.path)
-    complete = runtime.endpoint(COMPLETE.path)
-    tokenize, detokenize = runtime.endpoint(TOKENIZE.path), runtime.endpoint(DETOKENIZE.path)
+    specs = (DESCRIBE_MODEL, PROCESS, COMPLETE, TOKENIZE, DETOKENIZE, WATCH_PROCESSOR)
+    describe, process, complete, tokenize, detokenize, events = (runtime.endpoint(spec.path) for spec in specs)
     router = Remote(FIND_WORKER, await runtime.endpoint(FIND_WORKER.path).client())
     status = Remote(WORKERS, await runtime.endpoint(WORKERS.path).client())
     engines = Remote(GENERATE, await runtime.endpoint(GENERATE.path).client())

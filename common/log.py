@@ -15,6 +15,8 @@ from dynamo.runtime import Context
 
 LINES_PER_SECOND = 20  # about requests, unless --log-level is debug
 
+MAX_LINE = 10_000  # characters of a line
+
 _WORD = re.compile(r"[^\s\"\x00-\x1f]+")
 
 
@@ -92,8 +94,16 @@ class Thinned:
 
 
 class _Text(logging.Formatter):
+    """One line a record. The lines of a traceback are indented, so that none can look like another record."""
+
     def __init__(self, program: str) -> None:
         super().__init__(f"%(asctime)s %(levelname)s {program}: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return _shown(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"    {_shown(line)}" for line in super().formatException(ei).split("\n"))
 
 
 class _Json(logging.Formatter):
@@ -109,11 +119,18 @@ class _Json(logging.Formatter):
             "time": f"{seconds}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "program": self._program,
-            "message": getattr(record, "what", None) or record.getMessage(),
+            "message": (getattr(record, "what", None) or record.getMessage())[:MAX_LINE],
         }
         if record.exc_info:
-            entry["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(entry | getattr(record, "fields", {}), ensure_ascii=False, default=str)
+            entry["traceback"] = self.formatException(record.exc_info)[:MAX_LINE]
+        return json.dumps(entry | getattr(record, "fields", {}), default=str).replace("\x7f", "\\u007f")
+
+
+def _shown(line: str) -> str:
+    """A line as it may be written: what clients send must neither begin another one nor tell a terminal what to do."""
+    if len(line) > MAX_LINE:
+        line = f"{line[:MAX_LINE]}…"
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _pairs(fields: Mapping[str, object]) -> str:

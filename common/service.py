@@ -20,15 +20,18 @@ still.
 import argparse
 import asyncio
 import gc
+import ipaddress
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, NoReturn, cast
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from common import metrics, tracing
 from common.errors import Cancelled, Internal, PipelineError, StartupError
@@ -47,6 +50,7 @@ GARBAGE_OBJECTS = 50_000  # allocated and not freed, before a collection of the 
 LOOK_SECONDS = 0.05  # between looks at whether requests are still in progress
 LAST_WORDS_SECONDS = 1.0  # for a request that is cut off to send its error
 LEAVE_SECONDS = 5.0  # for the runtime to shut down its endpoints
+GREETING_SECONDS = 2.0  # for a server to take a connection, and to say its first word
 UNREGISTER_SECONDS = 2.0  # for etcd to take an endpoint out of discovery
 
 # What Dynamo reads when its runtime is made.
@@ -58,6 +62,17 @@ _RUNTIME_DEFAULTS = {
     # Seconds that etcd may be silent or this machine asleep, at worst half as many, before a program loses its place
     # and with it all that it has loaded. That one is dead, its callers notice much sooner.
     "ETCD_LEASE_TTL": "90",
+    # To a server that takes connections, but not ours. Without a word for two minutes, by the runtime's own default.
+    "NATS_STARTUP_CONNECT_TIMEOUT_SECONDS": "10",
+    "ETCD_STARTUP_CONNECT_TIMEOUT_SECONDS": "10",
+}
+_PEM = ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
+# What to look at when the runtime cannot use one of them.
+_HINTS = {
+    "NATS": "are NATS_SERVER, NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD (or NATS_AUTH_TOKEN, NATS_AUTH_NKEY, "
+    "NATS_AUTH_CREDENTIALS_FILE) right, and for tls:// NATS_TLS_CA_CERT_PATH?",
+    "etcd": "are ETCD_ENDPOINTS, ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD right? For https:// it takes all of "
+    f"{', '.join(_PEM)}, and no user.",
 }
 
 Handler = Callable[[Request, Context], AsyncIterator[Answer]]
@@ -89,8 +104,7 @@ CORE = "PIPELINE_CORE"
 def run(main: Callable[[argparse.Namespace], Awaitable[None]], args: argparse.Namespace) -> int:
     """Run a `@dynamo_worker` main to its end, once NATS and etcd can be reached. Returns the exit code."""
     set_up(args.log_level, args.log_format)
-    for name, value in _RUNTIME_DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    _set_environment()
     for number in (signal.SIGTERM, signal.SIGINT):  # nothing is served yet, so nothing has to be finished
         signal.signal(number, lambda *_: sys.exit(0))
 
@@ -103,10 +117,15 @@ def run(main: Callable[[argparse.Namespace], Awaitable[None]], args: argparse.Na
             executor = ThreadPoolExecutor(initializer=os.sched_setaffinity, initargs=(0, everywhere))
             asyncio.get_running_loop().set_default_executor(executor)
         if os.environ["DYN_REQUEST_PLANE"] == "nats":
-            await until_reachable("NATS", os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222"))
+            await until_reachable("NATS", _nats_server())
         if os.environ["DYN_DISCOVERY_BACKEND"] == "etcd":
             await until_reachable("etcd", os.environ.get("ETCD_ENDPOINTS", "http://127.0.0.1:2379"))
-        await main(args)
+        try:
+            await main(args)
+        except Exception as error:  # of the runtime, which names its servers in these words
+            if type(error) is not Exception or not (named := re.search("etcd|nats|CA cert", str(error), re.IGNORECASE)):
+                raise
+            raise StartupError(f"{error}: {_HINTS['etcd' if named[0] == 'etcd' else 'NATS']}") from error
 
     try:
         with tracing.exporting():
@@ -117,18 +136,54 @@ def run(main: Callable[[argparse.Namespace], Awaitable[None]], args: argparse.Na
     return 0
 
 
+def _set_environment() -> None:
+    """Say what the runtime reads there, but leave what is said already."""
+    for name, value in _RUNTIME_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if all(is_loopback(url.hostname or "") for url in _urls(_nats_server())):  # who asks us is on this machine
+        os.environ.setdefault("DYN_TCP_RESPONSE_STREAM_HOST", "127.0.0.1")
+    for name in _PEM:  # Dynamo's documentation wants a path there, its runtime what is in the file
+        with suppress(OSError):
+            os.environ[name] = Path(os.environ.get(name, "")).read_text()
+
+
+def _nats_server() -> str:
+    return os.environ.get("NATS_SERVER", "nats://127.0.0.1:4222")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _urls(addresses: str) -> list[SplitResult]:
+    return [urlsplit(one if "//" in one else f"//{one}") for one in map(str.strip, addresses.split(","))]
+
+
 async def until_reachable(name: str, addresses: str) -> None:
-    """Return once one of the comma-separated URLs accepts connections. Without a port, they are those of `name`."""
+    """Return once one of the comma-separated URLs accepts connections. Without a port, they are those of `name`.
+
+    Raises StartupError for what the runtime could not use.
+    """
     default_port = {"NATS": 4222, "etcd": 2379}[name]
+    if "@" in addresses:
+        raise StartupError(f"the runtime takes no password from the address of {name}: {_HINTS[name]}")
     attempt = 0
     while True:
-        for address in addresses.split(","):
-            url = urlsplit(address.strip() if "//" in address else f"//{address.strip()}")
+        for url in _urls(addresses):
             try:
-                _, writer = await asyncio.open_connection(url.hostname, url.port or default_port)
+                async with asyncio.timeout(GREETING_SECONDS):
+                    reader, writer = await asyncio.open_connection(url.hostname, url.port or default_port)
+                    # NATS speaks first. The runtime would not survive to be told that it must speak TLS.
+                    greeting = await reader.readline() if name == "NATS" and url.scheme != "tls" else b""
+                    writer.close()
             except OSError:
                 continue
-            writer.close()
+            if b'"tls_required":true' in greeting:
+                raise StartupError(f"NATS at {url.netloc} wants TLS: write tls:// and not nats:// into NATS_SERVER")
             return
         if attempt % 20 == 0:
             log.info("waiting for %s at %s", name, addresses)

@@ -29,6 +29,8 @@ import processor
 import router
 from common import service
 from common.engines.ports import free_ports
+from common.errors import StartupError
+from common.http.access import read_keys
 from common.messages import FIND_WORKER, GENERATE, NAMESPACE
 from common.model import BLOCK_SIZE, DEFAULT_MODEL, served_name
 from common.openai_api import PROCESS
@@ -79,6 +81,9 @@ class Launcher:
         self._data = self._logs / "data"
         self._claims: list[socket.socket] = []
         self._environment: dict[str, str] = {}
+        self._headers = {"content-type": "application/json"}
+        if args.api_keys_file:
+            self._headers["authorization"] = f"Bearer {read_keys(args.api_keys_file)[0]}"
         self._system_ports: dict[str, int] = {}  # by part
         self._prometheus = ""  # its address
         self._parts: list[Part] = []
@@ -278,8 +283,8 @@ class Launcher:
         def ask() -> Any:
             connection = http.client.HTTPConnection(self._host, self._args.port, timeout=ANSWER_SECONDS)
             try:
-                headers = {"content-type": "application/json"}
-                connection.request("POST" if body else "GET", path, json.dumps(body) if body else None, headers)
+                sent = json.dumps(body) if body else None
+                connection.request("POST" if body else "GET", path, sent, self._headers)
                 return json.load(connection.getresponse())
             except (OSError, http.client.HTTPException) as error:  # the frontend died and is being started again
                 return {"error": str(error)}
@@ -301,7 +306,10 @@ class Launcher:
             say(f"Prometheus asks them all: {self._prometheus}")
         say(f"logs: {self._logs.relative_to(REPOSITORY)}/")
         say("try this, twice: the second time, x-kv-overlap-blocks says how much of it the same worker had cached")
-        print(f"\n  curl -iN {address}/v1/chat/completions -H 'content-type: application/json' \\")
+        key = " -H 'authorization: Bearer KEY'" if self._args.api_keys_file else ""
+        if not key and not service.is_loopback(self._args.host):
+            say(f"{self._args.host} is open to other machines, and --api-keys-file would keep out who has no key")
+        print(f"\n  curl -iN {address}/v1/chat/completions -H 'content-type: application/json'{key} \\")
         print(f"    -d '{json.dumps(question(model, QUESTION, stream=True, max_tokens=64))}'\n")
         say(f"or open {paint(f'{address}/', BOLD)} in a browser, and watch the routing happen")
         if self._args.demo:
@@ -370,12 +378,12 @@ async def runs_already(name: str, variable: str) -> bool:
     """Whether the environment's `variable` names a server, which then answers. Raises LaunchError if it does not."""
     if not (addresses := os.environ.get(variable)):
         return False
-    say(f"using {name} at {addresses}")
     try:
         await asyncio.wait_for(service.until_reachable(name, addresses), REACH_SECONDS)
     except TimeoutError:
         hint = f"start it, or unset {variable} to have one started"
         raise LaunchError(f"no {name} answers at {addresses}; {hint}") from None
+    say(f"using {name} at {addresses}")
     return True
 
 
@@ -466,7 +474,7 @@ def main() -> None:
     args.models = [{"model": model, "model_name": name} for model, name in zip(models, names, strict=True)]
     try:
         asyncio.run(Launcher(args).run())
-    except LaunchError as error:
+    except (LaunchError, StartupError) as error:
         raise SystemExit(f"launch: {error}") from error
 
 

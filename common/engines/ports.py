@@ -3,11 +3,20 @@
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from urllib.parse import urlsplit
+
+LOCAL = ("127.0.0.1", "localhost")
 
 
 def loopback(address: str) -> str:
     """How a process reaches its own socket, whatever address it tells others ("tcp://host:port")."""
     return f"tcp://127.0.0.1:{port_of(address)}"
+
+
+def bindable(address: str) -> str:
+    """Where a process listens that others reach at "tcp://host:port": for this machine alone if that is how only
+    it calls itself, else on all addresses, because others may know it by a name that it does not have here."""
+    return loopback(address) if urlsplit(address).hostname in LOCAL else f"tcp://*:{port_of(address)}"
 
 
 def port_of(address: str) -> int:

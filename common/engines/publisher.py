@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
-from common.engines.ports import port_of
+from common.engines.ports import bindable
 from common.kv_events import END_OF_REPLAY
 from common.messages import BlockRemoved, BlockStored, KvEvent, KvEventBatch, LoadStat, WorkerInfo
 
@@ -32,7 +32,7 @@ class KvEventPublisher:
         for socket, address in ((self._live, info.kv_events), (self._replay, info.kv_replay)):
             socket.set(zmq.LINGER, 0)
             socket.set(zmq.SNDHWM, QUEUED_BATCHES)
-            socket.bind(f"tcp://*:{port_of(address)}")
+            socket.bind(bindable(address))
 
     async def publish_stored(
         self, token_ids: Sequence[int], block_ids: Sequence[int], parent_id: int | None = None
@@ -75,7 +75,7 @@ async def publish_load(info: WorkerInfo, stats: AsyncIterator[LoadStat]) -> None
     """Publish `stats` at the address that `info` announces, framed as SGLang does, until they end."""
     with zmq.asyncio.Context.instance().socket(zmq.PUB) as socket:
         socket.set(zmq.LINGER, 0)
-        socket.bind(f"tcp://*:{port_of(info.load)}")
+        socket.bind(bindable(info.load))
         sequence = 0
         async for stat in stats:
             await socket.send_multipart([b"load", sequence.to_bytes(8, "big"), msgspec.msgpack.encode(stat)])

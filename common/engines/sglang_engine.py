@@ -9,11 +9,13 @@ import re
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from common.engines import sglang_cpu
 from common.engines.die_with_parent import name_parent
-from common.engines.ports import loopback, reserved
+from common.engines.ports import LOCAL, loopback, reserved
+from common.engines.sglang_child import LOOPBACK
 from common.errors import Internal, InvalidRequest, Overloaded
 from common.kv_events import load_stats
 from common.log import log_request
@@ -93,7 +95,15 @@ class SglangEngine:
         log.info("loading %s", model_path)
         name_parent()
         block_size = identity.block_size
-        with reserved(3) as (events, replay, load):
+        with reserved(3) as (events, replay, load), TemporaryDirectory() as folder:
+            # Its processes are all on this machine, but PyTorch's ways to bring them together would tell the network.
+            os.environ |= {
+                LOOPBACK: "1" if host in LOCAL else "",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{folder}/rendezvous",
+                "MASTER_ADDR": "127.0.0.1",  # these two name its shared memory, on some CPUs
+                "MASTER_PORT": str(load),
+            }
             kv_events = {
                 "publisher": "zmq",
                 "topic": TOPIC,

@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
+MAX_WHAT = 200  # characters of a path that are logged
 MAX_NAMES, MAX_NAME = 20, 40  # ignored fields that a header names, and characters of each
 ANSWER_HEADERS = [
     *("x-request-id", "x-trace-id", "x-worker-id", "x-kv-overlap-blocks", "x-routed-by", "x-ignored-fields"),
@@ -83,7 +84,7 @@ class Exchange:
         self.context = Context(context_id, {"x-request-id": self.request_id, **metadata})
         self.send = send
         self.path: str = scope["path"]
-        self.what = f"{scope['method']} {scope['raw_path'].decode('latin-1')}"  # encoded, so of one line
+        self.what = f"{scope['method']} {scope['raw_path'].decode('latin-1')}"[:MAX_WHAT]
         self._observers = observers
         self.began = time.perf_counter()
         self.first: float | None = None  # when the first chunk came
@@ -224,7 +225,7 @@ class Exchanges:
 
     def __init__(
         self,
-        app: FastAPI,
+        app: ASGIApp,
         in_progress: InProgress,
         observers: Sequence[Observer] = (),
         runtime_parent: RuntimeParent | None = None,

@@ -39,6 +39,8 @@ def describe_answers(app: FastAPI) -> None:
         _, schemas = msgspec.json.schema_components([ChatCompletion, TextCompletion], ref_template=_SCHEMAS + "{name}")
         spec = described()
         spec["components"]["schemas"] |= schemas
+        spec["components"]["securitySchemes"] = {"API key": {"type": "http", "scheme": "bearer"}}
+        spec["security"] = [{}, {"API key": []}]  # with --api-keys-file
         return spec
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -5,8 +5,7 @@ A paused SGLang holds new requests back, which is where one is for an instant ot
 
 import asyncio
 
-from common.engines.die_with_parent import die_with_named_parent
-from common.engines.sglang_cpu import activate_in_child
+from common.engines.sglang_child import prepare
 from common.engines.sglang_engine import SglangEngine
 from common.messages import GenerateRequest, SamplingOptions, StopConditions
 from common.model import identify, resolve_model
@@ -57,5 +56,4 @@ async def reason(engine: SglangEngine, request: GenerateRequest, context: Contex
 if __name__ == "__main__":
     asyncio.run(main())
 elif __name__ == "__mp_main__":  # as in engine.py
-    die_with_named_parent()
-    activate_in_child()
+    prepare()

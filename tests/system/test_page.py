@@ -4,11 +4,13 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from common.engines.ports import free_ports
 from tests.system.conftest import PATIENCE, REPOSITORY, Pipeline, until
 
 import pytest
@@ -311,3 +313,26 @@ def test_the_picture(pipeline: Pipeline, browser: Browser) -> None:
     page.evaluate("Promise.all(document.getAnimations().map((animation) => animation.finished))")
     (REPOSITORY / "pictures").mkdir(exist_ok=True)
     page.screenshot(path=REPOSITORY / "pictures" / "page.png")
+
+
+def test_where_a_key_is_needed_it_asks_for_it_until_it_is_right(watched: Pipeline, browser: Browser) -> None:
+    keys = watched.folder / "keys"
+    keys.write_text("sk-mine")
+    keys.chmod(0o600)
+    (port,) = free_ports(1)
+    options = ("--port", str(port), "--api-keys-file", str(keys))
+    frontend = watched.run("closed", sys.executable, "frontend.py", *options).wait_for("serving")
+    page = browser.new_page()
+    page.goto(f"http://127.0.0.1:{port}/")
+    for key in ("sk-wrong", "sk-mine"):
+        expect(page.locator("#key")).to_be_visible()
+        page.locator("#key input").fill(key)
+        page.locator("#key button").click()
+    expect(page.locator("#connection")).to_contain_text("live")
+    expect(page.locator("#key")).to_be_hidden()
+    page.reload()  # which keeps it
+    expect(page.locator("#connection")).to_contain_text("live")
+    page.get_by_role("button", name="What does the router do?").click()
+    expect(page.locator(".turn.answer .took")).to_contain_text("worker")
+    page.close()
+    frontend.close()

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from typing import Any, Self, cast
 
 from common.errors import NotFound
+from common.http.access import Guard
 from common.http.canary import Canary
 from common.http.exchange import Observer
 from common.http.status import Status
@@ -142,6 +143,7 @@ class Door:
         strict_fields: bool = False,
         observers: Sequence[Observer] = (),
         routes: Sequence[APIRouter] = (),
+        guard: Guard | None = None,
     ) -> None:
         runtime: Any = None
         self.service = Service(runtime, drain_seconds=0.0)
@@ -161,7 +163,7 @@ class Door:
         canary = Canary(processors, processors, stage)
         workers = Remote(WORKERS, _client(routers or {}))
         status = Status(remotes, workers, processors, canary, lambda: self.service.stopping)
-        self.app: Any = self.frontend.app(cors_origins, [status.routes(), *routes], observers)
+        self.app: Any = self.frontend.app(cors_origins, [status.routes(), *routes], observers, guard=guard)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return self.request("GET", path, **options)

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
@@ -11,6 +12,8 @@ from common import log as logs
 
 import pytest
 from dynamo.runtime import Context
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 MINE = Context("x", {"x-request-id": "mine"})
 
@@ -60,6 +63,21 @@ def test_no_value_can_look_like_a_line_or_field_of_its_own(
     (line,) = stream.getvalue().splitlines()
     assert json.loads(line.partition("worker=")[2]) == value
     assert line.isascii()
+
+
+@given(st.text(st.characters(codec="utf-16") | st.sampled_from("\n\r\x00\x1b\x7f\x85\x9b\u2028\u2029\u202e\ud800")))
+@example("x" * 10**6)
+def test_nothing_that_a_client_sends_begins_another_line_or_reaches_the_terminal(text: str) -> None:
+    for form, formatter in (("text", logs._Text("router")), ("json", logs._Json("router"))):
+        try:
+            raise ValueError(text)
+        except ValueError:
+            record = logging.makeLogRecord({"msg": "a %s", "args": (text,), "exc_info": sys.exc_info()})
+        first, *rest = formatter.format(record).split("\n")
+        assert len(first) < 20 * logs.MAX_LINE
+        assert all(line.isprintable() for line in (first, *rest))
+        assert (form == "text") or (not rest and json.loads(first)["message"] == f"a {text}"[: logs.MAX_LINE])
+        assert all(line.startswith("    ") for line in rest)
 
 
 def test_json_has_an_object_a_line(logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from common import service as service_module
@@ -507,3 +508,69 @@ class TestMetrics:
         """As Dynamo's dashboard wants those of workers."""
         assert self.served(caplog, None).labels is None
         assert self.served(caplog, None, model="m").labels == [("model", "m")]
+
+
+class TestServers:
+    """What the environment says of NATS and etcd."""
+
+    def ended(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception) -> str:
+        async def until_reachable(name: str, addresses: str) -> None: ...
+
+        async def main(args: argparse.Namespace) -> None:
+            raise error
+
+        monkeypatch.setattr(service_module, "until_reachable", until_reachable)
+        assert run(main, parser(None).parse_args([])) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    @pytest.mark.parametrize(
+        ("said", "hint"),
+        [
+            ("Failed to connect to NATS", "NATS_AUTH_TOKEN"),
+            ("server: Validation error: server must start with 'nats://' or 'tls://'", "NATS_SERVER"),
+            ("reading CA cert: ca.pem", "NATS_TLS_CA_CERT_PATH"),
+            ("etcd startup connection timed out after 10 seconds", "ETCD_AUTH_PASSWORD"),
+            (
+                'Internal etcd error: grpc request error: message: "etcdserver: user name is empty"',
+                "ETCD_AUTH_USERNAME",
+            ),
+        ],
+    )
+    def test_an_error_of_the_runtime_is_a_line_that_says_what_to_look_at(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: str, hint: str
+    ) -> None:
+        line = self.ended(monkeypatch, capsys, Exception(said))
+        assert said in line
+        assert hint in line
+
+    def test_any_other_is_not_dressed_up(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for error in (RuntimeError("nats"), Exception("no")):
+            with pytest.raises(type(error), match=str(error)):
+                self.ended(monkeypatch, capsys, error)
+
+    @pytest.mark.parametrize(
+        ("nats", "host"),
+        [("nats://127.0.0.1:4222", "127.0.0.1"), ("localhost", "127.0.0.1"), ("tls://a,nats://127.0.0.1", None)],
+    )
+    def test_answers_come_to_this_machine_alone_if_nats_does(
+        self, monkeypatch: pytest.MonkeyPatch, nats: str, host: str | None
+    ) -> None:
+        monkeypatch.setenv("NATS_SERVER", nats)
+        monkeypatch.setattr(os, "environ", dict(os.environ))
+        os.environ.pop("DYN_TCP_RESPONSE_STREAM_HOST", None)
+        service_module._set_environment()
+        assert os.environ.get("DYN_TCP_RESPONSE_STREAM_HOST") == host
+
+    def test_a_certificate_is_given_as_a_file_or_as_it_is(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "ca.pem"
+        file.write_text("-----BEGIN")
+        monkeypatch.setenv("ETCD_AUTH_CA", str(file))
+        monkeypatch.setenv("ETCD_AUTH_CLIENT_CERT", "-----BEGIN CERTIFICATE-----\n" + "A" * 5000)
+        service_module._set_environment()
+        assert os.environ["ETCD_AUTH_CA"] == "-----BEGIN"
+        assert len(os.environ["ETCD_AUTH_CLIENT_CERT"]) > 5000

@@ -26,7 +26,7 @@ export async function* stream(body, id, signal) {
   const response = await post({ ...body, stream: true, stream_options: { include_usage: true } }, id, signal);
   if (!response.ok) await read(response);
   yield { headers: response.headers };
-  for await (const data of eventsOf(response.body)) {
+  for await (const { data } of eventsOf(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ApiError(said(chunk.error));
@@ -43,13 +43,33 @@ const post = (body, id, signal) =>
     signal,
   });
 
-async function reach(path, options) {
+let key = sessionStorage.getItem("key"); // of the API, where one is needed; forgotten with the tab
+let asking = null;
+
+async function reach(path, options = {}) {
+  const sent = key;
+  const headers = sent ? { ...options.headers, authorization: `Bearer ${sent}` } : options.headers;
+  let response;
   try {
-    return await fetch(path, options);
+    response = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError("The pipeline does not answer. Is it still running?");
   }
+  if (response.status !== 401) return response;
+  if (key === sent) await (asking ??= askForKey().finally(() => (asking = null)));
+  return key && key !== sent ? reach(path, options) : response;
+}
+
+/** Once for all who wait; a wrong key is asked for again. */
+async function askForKey() {
+  const dialog = document.getElementById("key");
+  dialog.showModal();
+  await new Promise((closed) => dialog.addEventListener("close", closed, { once: true }));
+  const input = dialog.querySelector("input");
+  key = input.value;
+  input.value = "";
+  sessionStorage.setItem("key", key);
 }
 
 async function read(response) {
@@ -63,12 +83,22 @@ function said({ message = "it did not say why", code }, status) {
   return `Error${what && ` (${what})`}: ${message}`;
 }
 
+/** What happens in the pipeline: {name, data}, until the connection ends. Raises ApiError. */
+export async function* events() {
+  const response = await reach("/events");
+  if (!response.ok) await read(response);
+  for await (const { name, data } of eventsOf(response.body)) yield { name, data: JSON.parse(data) };
+}
+
 async function* eventsOf(body) {
   let rest = "";
   for await (const text of textOf(body)) {
     const events = (rest + text).split("\n\n");
     rest = events.pop();
-    for (const event of events) if (event.startsWith("data: ")) yield event.slice(6);
+    for (const event of events) {
+      const [, name, data] = event.match(/^(?:event: (.*)\n)?data: (.*)$/) ?? []; // else it is a comment
+      if (data) yield { name, data };
+    }
   }
 }
 

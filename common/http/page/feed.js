@@ -1,32 +1,19 @@
 // GET /events, for as long as the page is open: it connects again by itself, and says when it is disconnected.
 
-const NAMES = [
-  ...["hello", "joined", "left", "fleet", "sampled", "skipped"],
-  ...["started", "asked", "decided", "answering", "moved", "ended"],
-];
-const AGAIN = 2000; // milliseconds before a connection that the browser gave up is tried again
+import { events } from "./client.js"; // an EventSource could send no key
 
-export class Feed {
-  #onEvent;
-  #onState;
+const AGAIN = 2000; // milliseconds before a connection that was lost is tried again
 
-  constructor(onEvent, onState) {
-    this.#onEvent = onEvent;
-    this.#onState = onState;
-    this.#connect();
-  }
-
-  #connect() {
-    const source = new EventSource("/events");
-    for (const name of NAMES) {
-      source.addEventListener(name, (message) => {
-        if (name === "hello") this.#onState(true); // from here on, nothing is missed
-        this.#onEvent(name, JSON.parse(message.data));
-      });
+export async function followEvents(onEvent, onState) {
+  for (;;) {
+    const feed = events();
+    const next = () => feed.next().catch(() => ({ done: true })); // it was lost, or never there
+    for (let event = await next(); !event.done; event = await next()) {
+      const { name, data } = event.value;
+      if (name === "hello") onState(true); // from here on, nothing is missed
+      onEvent(name, data);
     }
-    source.onerror = () => {
-      this.#onState(false);
-      if (source.readyState === EventSource.CLOSED) setTimeout(() => this.#connect(), AGAIN);
-    };
+    onState(false);
+    await new Promise((resolve) => setTimeout(resolve, AGAIN));
   }
 }

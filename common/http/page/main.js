@@ -5,7 +5,7 @@ import { Chat } from "./chat.js";
 import { kill } from "./client.js";
 import { Decisions } from "./decisions.js";
 import { el, number, percent, seldom, write } from "./dom.js";
-import { Feed } from "./feed.js";
+import { followEvents } from "./feed.js";
 import { Flight } from "./flight.js";
 import { Picture } from "./picture.js";
 import { lose, nameOf, Pipeline } from "./pipeline.js";
@@ -137,4 +137,4 @@ function draw(now) {
 }
 
 setInterval(changed, 500); // what waits is drawn, and what is in progress grows
-new Feed(onEvent, onState);
+followEvents(onEvent, onState);

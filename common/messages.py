@@ -283,7 +283,7 @@ class SnapshotRequest(Message):
     """Asks a worker for everything that is in its KV cache."""
 
 
-class StoredBlocks(Message):
+class StoredBlocks(StructMessage, kw_only=True):
     """A chain of blocks in a KV cache, each the parent of the next."""
 
     parent_id: int | None  # the block before the first; None if that begins a prompt
@@ -291,7 +291,7 @@ class StoredBlocks(Message):
     local_hashes: list[int]  # `compute_block_hash_for_seq` of each block's tokens
 
 
-class CacheSnapshot(Message):
+class CacheSnapshot(StructMessage, kw_only=True):
     """Part of a worker's KV cache. All parts of one answer are of the same moment."""
 
     sequence: int  # of the last batch of KV events that is in it; -1 if none

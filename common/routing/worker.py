@@ -193,8 +193,8 @@ class Worker:
         """KV events came, or are lost."""
         if isinstance(item, Lost):
             self.lost += 1
-        elif item.lag is not None:
-            self.events += 1
+        elif item.batches:
+            self.events += item.batches
             self.event_at = self._clock()
             self.event_lag = item.lag
 

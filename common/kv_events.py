@@ -92,9 +92,7 @@ class KvEventStream:
                 socket.set_hwm(0)
                 socket.connect(address)
             live.subscribe(b"")
-            arrived: zmq.Socket[bytes] = zmq.Socket.shadow(
-                live
-            )  # the same socket, read without a future for each message
+            arrived: zmq.Socket[bytes] = zmq.Socket.shadow(live)  # the same, without a future for each message
             async for part in self._read_snapshot():
                 yield part
             async for item in self._catch_up(replay):

@@ -137,6 +137,8 @@ class Failure(Message):
 class ModelIdentity(Message):
     """What a request and a worker must have in common, or no prompt would ever be found in a cache."""
 
+    model_config = ConfigDict(frozen=True)
+
     name: str  # what clients call the model
     block_size: int  # tokens in a KV block
     tokenizer: str | None = None  # its fingerprint; None if unknown

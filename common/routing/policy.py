@@ -15,6 +15,8 @@ from typing import Any, Self
 from common.messages import FindWorkerRequest, WorkerCost
 from common.routing.worker import Prompt, Worker
 
+import msgspec
+
 BUSIER = 2.0  # than the least loaded worker, and a session leaves its own
 
 
@@ -46,9 +48,9 @@ class Weights:
         return cls(**{one.name: getattr(args, one.name) for one in fields(cls)})
 
 
-# Not frozen: that makes them three times as slow to build, and there is one for every worker.
-@dataclass(slots=True, eq=False)
-class Candidate:
+class Candidate(
+    msgspec.Struct, eq=False
+):  # of which there is one for every worker, and a dataclass takes twice as long
     """A worker that could take a prompt."""
 
     worker: Worker
@@ -57,7 +59,7 @@ class Candidate:
     overlap_blocks: int  # leading blocks of the prompt that it has cached
     held_blocks: int  # leading blocks of the prompt that requests in progress there hold, computed or about to be
     had_session: bool = False  # whether it got the last request of the same session
-    peers: Sequence["Candidate"] = ()  # all that could take it, this one among them
+    peers: Sequence["Candidate"] = ()  # all that could take it, this one among them, while a policy looks at it
     cost: float = 0.0  # in blocks, by the policy that chose, once it has
 
     @property
@@ -159,7 +161,9 @@ class LowestCost:
 def choose(candidates: Sequence[Candidate], policy: Policy, weights: Weights) -> Candidate:
     """The candidate that a policy takes. Sets the cost of each."""
     for candidate in candidates:
+        candidate.peers = candidates
         candidate.cost = policy(candidate, weights)
+        candidate.peers = ()  # or each decision would leave a circle to the garbage collector
     costs = [candidate.cost for candidate in candidates]
     if weights.router_temperature > 0:
         return random.choices(candidates, _softmax(costs, weights.router_temperature))[0]

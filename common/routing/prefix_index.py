@@ -1,6 +1,6 @@
 """Which worker has which blocks in its KV cache: Dynamo's RadixTree, fed from ZMQ."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -42,8 +42,8 @@ class _Cache:
     """One worker's blocks by their ids, and which of them prompts can reach: those that have all before them."""
 
     def __init__(self) -> None:
-        self.blocks: dict[int, _Block] = {}
-        self._children: dict[int, set[int]] = {}  # by block id, there or not, those after it but its `child_id`
+        self.blocks: dict[int | None, _Block] = {None: _Block(None, 0, _ROOT)}  # and what prompts begin with
+        self._children = defaultdict[int | None, set[int]](set)  # by block id, there or not: those but its `child_id`
         self._names: dict[int, int] = {}  # by sequence hash, how many blocks within reach have it
         # What changed since the tree was told, parents first: the sequence hashes that came within reach, each with the
         # one before it and its local hash, and those that got out of it.
@@ -56,34 +56,30 @@ class _Cache:
             if (known.parent_id, known.local_hash) == (parent_id, local_hash):
                 return
             self.remove(block_id)
-        parent = None if parent_id is None else self.blocks.get(parent_id)
+        parent = self.blocks.get(parent_id)
         if parent and parent.child_id is None:
             parent.child_id = block_id
-        elif parent_id is not None:
-            self._children.setdefault(parent_id, set()).add(block_id)
+        else:
+            self._children[parent_id].add(block_id)
         self.blocks[block_id] = _Block(parent_id, local_hash)
-        if parent_id is None or (parent and parent.sequence_hash != _OUT_OF_REACH):
+        if parent and parent.sequence_hash != _OUT_OF_REACH:
             self._reach(block_id)
 
     def remove(self, block_id: int) -> bool:
         """Forget a block. Returns whether it was there."""
         if not (block := self.blocks.pop(block_id, None)):
             return False
-        if block.parent_id is not None:
-            self._orphan(block_id, block.parent_id)
-        if block.child_id is not None:
-            self._children.setdefault(block_id, set()).add(block.child_id)
-        self._leave(block_id, block)
-        return True
-
-    def _orphan(self, block_id: int, parent_id: int) -> None:
-        parent = self.blocks.get(parent_id)
+        parent = self.blocks.get(block.parent_id)
         if parent and parent.child_id == block_id:
             parent.child_id = None
         else:
-            self._children[parent_id].remove(block_id)
-            if not self._children[parent_id]:
-                del self._children[parent_id]
+            self._children[block.parent_id].remove(block_id)
+            if not self._children[block.parent_id]:
+                del self._children[block.parent_id]
+        if block.child_id is not None:
+            self._children[block_id].add(block.child_id)
+        self._leave(block_id, block)
+        return True
 
     def _after(self, block_id: int, block: _Block) -> Iterable[int]:
         children = self._children.get(block_id, ())
@@ -95,7 +91,7 @@ class _Cache:
         while waiting:
             block_id = waiting.pop()
             block = self.blocks[block_id]
-            before = _ROOT if block.parent_id is None else self.blocks[block.parent_id].sequence_hash
+            before = self.blocks[block.parent_id].sequence_hash
             block.sequence_hash = sequence_hash = _sequence_hash(before, block.local_hash)
             names = self._names[sequence_hash] = self._names.get(sequence_hash, 0) + 1
             if sequence_hash in self.lost:
@@ -109,21 +105,16 @@ class _Cache:
         leaving = [(block_id, block)]
         while leaving:
             block_id, block = leaving.pop()
-            if (sequence_hash := block.sequence_hash) != _OUT_OF_REACH:
-                block.sequence_hash = _OUT_OF_REACH
+            if (sequence_hash := block.sequence_hash) == _OUT_OF_REACH:
+                continue
+            block.sequence_hash = _OUT_OF_REACH
+            if self._names[sequence_hash] > 1:
                 self._names[sequence_hash] -= 1
-                if not self._names[sequence_hash]:
-                    del self._names[sequence_hash]
-                    if not self.gained.pop(sequence_hash, None):
-                        self.lost[sequence_hash] = None
-                leaving += [(child_id, self.blocks[child_id]) for child_id in self._after(block_id, block)]
-
-
-class _Chain(msgspec.Struct):
-    """What the tree is told of new blocks that follow each other."""
-
-    parent_hash: int | None
-    blocks: list[dict[str, int]]
+            else:
+                self._names.pop(sequence_hash)
+                if not self.gained.pop(sequence_hash, None):
+                    self.lost[sequence_hash] = None
+            leaving += [(child_id, self.blocks[child_id]) for child_id in self._after(block_id, block)]
 
 
 class PrefixIndex:
@@ -141,7 +132,7 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._tree = RadixTree()
-        self._caches: dict[int, _Cache] = {}  # by instance
+        self._caches = defaultdict[int, _Cache](_Cache)  # by instance
         self._event_id = 0
         # KV events, by type and by what Dynamo calls what became of them. Of those that come in any case there are none
         # at first, or whoever collects the counts would miss the first ones.
@@ -158,7 +149,7 @@ class PrefixIndex:
 
     def blocks(self, instance_id: int) -> int:
         """How many blocks a worker has in its cache, also of those that no prompt can reach."""
-        return len(self._caches[instance_id].blocks) if instance_id in self._caches else 0
+        return len(self._caches[instance_id].blocks) - 1 if instance_id in self._caches else 0
 
     async def follow(self, instance_id: int, events: KvEventStream) -> AsyncIterator[tuple[Update | Lost, list[int]]]:
         """Keep a worker's blocks true. Yield each thing that came, and the sequence hashes of the blocks stored."""
@@ -177,8 +168,7 @@ class PrefixIndex:
         than all the rest of a block.
         """
         stored = [sequence_hash for change in changes for sequence_hash in self._take_in(instance_id, change)]
-        if cache := self._caches.get(instance_id):
-            self._tell_tree(instance_id, cache)
+        self._tell_tree(instance_id, self._caches[instance_id])
         return stored
 
     def clear(self, instance_id: int) -> None:
@@ -192,10 +182,9 @@ class PrefixIndex:
         self._caches.pop(instance_id, None)
 
     def _take_in(self, instance_id: int, change: Change) -> list[int]:
-        cache = self._caches.setdefault(instance_id, _Cache())
+        cache = self._caches[instance_id]
         match change:
-            case StoredBlocks():
-                parent_id = change.parent_id
+            case StoredBlocks(parent_id=parent_id):
                 for block_id, local_hash in zip(change.block_ids, change.local_hashes, strict=True):
                     cache.store(block_id, parent_id, local_hash)
                     parent_id = block_id
@@ -214,15 +203,15 @@ class PrefixIndex:
     def _tell_tree(self, instance_id: int, cache: _Cache) -> None:
         if cache.lost:
             self._apply(instance_id, {"removed": {"block_hashes": list(cache.lost)}})
-        chains, ends = list[_Chain](), dict[int, _Chain]()
+        chains, ends = list[dict[str, object]](), dict[int, list[dict[str, int]]]()
         for sequence_hash, (before, local_hash) in cache.gained.items():
-            if not (chain := ends.pop(before, None)):
-                chain = _Chain(None if before == _ROOT else before, [])
-                chains.append(chain)
-            chain.blocks.append({"block_hash": sequence_hash, "tokens_hash": local_hash})
-            ends[sequence_hash] = chain
-        for chain in chains:
-            self._apply(instance_id, {"stored": chain})
+            if before not in ends:
+                ends[before] = []
+                chains.append({"parent_hash": None if before == _ROOT else before, "blocks": ends[before]})
+            ends[sequence_hash] = chain = ends.pop(before)
+            chain.append({"block_hash": sequence_hash, "tokens_hash": local_hash})
+        for stored in chains:
+            self._apply(instance_id, {"stored": stored})
         cache.lost, cache.gained = {}, {}
 
     def _apply(self, instance_id: int, data: object) -> None:

@@ -72,7 +72,6 @@ BUSY = 4  # requests in progress on each worker meanwhile
 STREAMED_BLOCKS = 64_000  # in short events, as decoding makes them
 DECODING = 32  # requests that make them by turns
 EVENT_BLOCKS = (1, 16)  # in one short event
-ROUNDS = 5  # of short events, by turns
 MEASURE_SECONDS = 180  # that one measurement may take
 TREES = (1_000, 100_000, 1_000_000)  # blocks
 FLEETS = (2, 8, 64, 256)  # workers; each has a prompt at least
@@ -419,6 +418,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decisions", description=__doc__)
     parser.add_argument("--trees", type=int, nargs="+", default=TREES, help="blocks in the tree")
     parser.add_argument("--fleets", type=int, nargs="+", default=FLEETS, help="workers")
+    parser.add_argument("--rounds", type=int, default=5, help="how often both read short events, by turns")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -437,7 +437,7 @@ def main() -> None:
                 for size in tqdm(sizes if policy == "kv" else [], unit="size", disable=None):
                     ours.append(Cost(**measured(pipeline, "ours", *size)))
                     dynamo.append(Cost(**measured(pipeline, "dynamo", *size)))
-                for blocks in EVENT_BLOCKS * ROUNDS if policy == "kv" else ():
+                for blocks in EVENT_BLOCKS * args.rounds if policy == "kv" else ():
                     for what, rates in events[blocks].items():
                         rates.append(measured(pipeline, "events", what, blocks))
     print(tables(sizes, ours, dynamo, events, asked))

@@ -62,12 +62,14 @@ class Fleet:
     def candidates(self, request: FindWorkerRequest, prompt: Prompt) -> list[Candidate]:
         """The workers that may take a prompt, and how much of it each has. Raises Unavailable, with what does not fit,
         if there is none."""
-        model, excluded, beside = request.model, request.excluded, request.beside
-        workers = [worker for worker in self._fitting(model) if worker.instance_id not in excluded]
+        model, excluded, workers = request.model, request.excluded, self._fitting(request.model)
+        if excluded:
+            workers = [worker for worker in workers if worker.instance_id not in excluded]
         if not workers:
             raise Unavailable(self._nobody(request), code="no_worker")
         workers = [worker for worker in workers if worker.silent_since is None] or workers
-        workers = [worker for worker in workers if worker.instance_id == beside] or workers
+        if request.beside is not None:
+            workers = [worker for worker in workers if worker.instance_id == request.beside] or workers
         if self.unserved:
             self.unserved.pop(describe_request(model), None)
         overlaps, hashes = self.index.overlaps(request.local_hashes), prompt.sequence_hashes

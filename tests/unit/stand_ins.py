@@ -64,6 +64,8 @@ def tree_blocks(index: PrefixIndex, instance_id: int) -> set[int]:
     ]
     nodes = {block["block_hash"] for event in events for block in event["event"]["data"]["stored"]["blocks"]}
     blocks = index._caches[instance_id].blocks if instance_id in index._caches else {}
-    reached = {name: block.sequence_hash for name, block in blocks.items() if name is not None and block.sequence_hash >= 0}
+    reached = {
+        name: block.sequence_hash for name, block in blocks.items() if name is not None and block.sequence_hash >= 0
+    }
     assert nodes == set(reached.values())
     return set(reached)

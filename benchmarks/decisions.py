@@ -1,13 +1,15 @@
 """Compares what routing decisions cost: our router in Python against Dynamo's KvRouter in Rust.
 
 For trees of several sizes and fleets of several workers: one decision for a prompt of 3,200 tokens, with the lease that
-follows; KV events applied; memory. Then the same inside the real router.py, asked over NATS. Each measurement has a
-process of its own, and both routers are measured in one run. Prints Markdown tables.
+follows; long KV events applied; memory. Then short KV events from a publisher in another process, read from ZMQ: with
+Dynamo's SelectionService, for KvRouter does not read ZMQ itself. Then decisions in the real router.py, asked over NATS.
+Each measurement has a process of its own, and both routers are measured in one run. Prints Markdown tables.
 """
 
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -16,15 +18,26 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 from benchmarks.pipeline import REPOSITORY, Pipeline, Setting, running
-from common.messages import FIND_WORKER, FindWorkerRequest, ModelIdentity, StoredBlocks
+from common.engines.ports import free_ports
+from common.kv_events import KvEventStream
+from common.messages import (
+    FIND_WORKER,
+    BlockStored,
+    FindWorkerRequest,
+    KvEventBatch,
+    ModelIdentity,
+    StoredBlocks,
+    WorkerInfo,
+)
 from common.model import identify, resolve_model
 from common.remote import Remote
 from common.routing.fleet import Fleet
@@ -33,7 +46,9 @@ from common.routing.prefix_index import sequence_hashes
 from common.routing.worker import Prompt, Worker
 from common.service import run
 
+import msgspec
 import psutil
+import zmq
 from dynamo.llm import (
     KvEventPublisher,
     KvRouter,
@@ -41,6 +56,7 @@ from dynamo.llm import (
     ModelInput,
     ModelRuntimeConfig,
     ModelType,
+    SelectionService,
     WorkerType,
     compute_block_hash_for_seq,
     register_model,
@@ -53,10 +69,12 @@ PROMPT_BLOCKS = 200  # 3,200 tokens
 SAMPLES = 200  # different prompts that decisions are asked for; each is cached on one worker
 DECISIONS = 2000
 BUSY = 4  # requests in progress on each worker meanwhile
-SMALL_EVENTS = 10_000  # events of one block, as decoding makes them
+STREAMED_BLOCKS = 64_000  # in short events, as decoding makes them
+DECODING = 32  # requests that make them by turns
+EVENT_BLOCKS = (1, 16)  # in one short event
 MEASURE_SECONDS = 180  # that one measurement may take
 TREES = (1_000, 100_000, 1_000_000)  # blocks
-FLEETS = (2, 8, 64)  # workers
+FLEETS = (2, 8, 64, 256)  # workers; each has a prompt at least
 
 
 @dataclass(slots=True, frozen=True)
@@ -66,17 +84,15 @@ class Cost:
     p50: float  # microseconds of a decision with its lease
     p99: float
     blocks_per_second: float  # in events of PROMPT_BLOCKS blocks
-    events_per_second: float  # of one block
     memory: float  # bytes for a block
 
 
 def prompts(blocks: int, workers: int) -> Iterator[tuple[int, list[int], list[int]]]:
     """What fills a tree: worker, token ids and block ids of prompts that have nothing in common."""
     chance = random.Random(1)
-    for number in range(max(blocks // PROMPT_BLOCKS, workers)):
-        tokens = [chance.randrange(30_000) for _ in range(PROMPT_BLOCKS * BLOCK_SIZE)]
-        first = 1 + number * PROMPT_BLOCKS
-        yield number % workers, tokens, list(range(first, first + PROMPT_BLOCKS))
+    for number in range(blocks // PROMPT_BLOCKS):
+        tokens = chance.choices(range(30_000), k=PROMPT_BLOCKS * BLOCK_SIZE)
+        yield number % workers, tokens, [chance.getrandbits(63) for _ in range(PROMPT_BLOCKS)]
 
 
 def samples(blocks: int, workers: int) -> list[list[int]]:
@@ -104,20 +120,25 @@ def measure_ours(blocks: int, workers: int) -> Cost:
 
     with ExitStack() as busy:
         for number in range(workers):
-            fleet.add(Worker(number, None))
+            fleet.add(Worker(number, announced(number, identity)))
             for _ in range(BUSY):
                 other = Prompt([random.getrandbits(60) for _ in range(PROMPT_BLOCKS)], PROMPT_BLOCKS)
                 busy.enter_context(fleet.workers[number].lease(other, 0))
         times = [seconds(partial(decide, asked[number % len(asked)])) for number in range(DECISIONS)]
-    total = max(blocks, workers * PROMPT_BLOCKS)
+    return cost(times, blocks / filled, memory / blocks)
 
-    def small_events() -> None:
-        for number in range(SMALL_EVENTS):
-            tokens = [number % 30_000] * BLOCK_SIZE
-            hashes = compute_block_hash_for_seq(tokens, BLOCK_SIZE)
-            fleet.index.apply(0, StoredBlocks(parent_id=None, block_ids=[10**9 + number], local_hashes=hashes))
 
-    return cost(times, total / filled, SMALL_EVENTS / seconds(small_events), memory / total)
+def announced(number: int, identity: ModelIdentity) -> WorkerInfo:
+    return WorkerInfo(
+        instance_id=number,
+        worker_id=str(number),
+        model=identity,
+        total_blocks=max(TREES),
+        context_length=PROMPT_BLOCKS * BLOCK_SIZE,
+        kv_events="",
+        kv_replay="",
+        load="",
+    )
 
 
 def fill(fleet: Fleet, blocks: int, workers: int) -> None:
@@ -151,16 +172,8 @@ async def measure_dynamo(runtime: DistributedRuntime, blocks: int, workers: int)
         await router.best_worker(asked[number % len(asked)], request_id=f"decision-{number}")
         await router.free(f"decision-{number}")
         times.append(time.perf_counter() - began)
-    began = time.perf_counter()
-    for number in range(SMALL_EVENTS):
-        publishers[0].publish_stored([number % 30_000] * BLOCK_SIZE, [BLOCK_SIZE], [10**9 + number])
-        if number % 100 == 0:
-            await asyncio.sleep(0)
-    await until_cached(router, [(SMALL_EVENTS - 1) % 30_000] * BLOCK_SIZE)
-    small = time.perf_counter() - began
     serving.cancel()
-    total = max(blocks, workers * PROMPT_BLOCKS)
-    return cost(times, total / filled, SMALL_EVENTS / small, memory / total)
+    return cost(times, blocks / filled, memory / blocks)
 
 
 async def register_ranks(endpoint: Endpoint, workers: int) -> asyncio.Future[Any]:
@@ -212,13 +225,12 @@ async def until_it_listens(router: KvRouter, publishers: Sequence[KvEventPublish
             await asyncio.sleep(0.1)
 
 
-def cost(times: Sequence[float], blocks_per_second: float, events_per_second: float, memory: float) -> Cost:
+def cost(times: Sequence[float], blocks_per_second: float, memory: float) -> Cost:
     micros = sorted(1e6 * one for one in times)
     return Cost(
         p50=statistics.median(micros),
         p99=micros[len(micros) * 99 // 100],
         blocks_per_second=blocks_per_second,
-        events_per_second=events_per_second,
         memory=memory,
     )
 
@@ -233,6 +245,80 @@ def resident() -> int:
     """Bytes of memory that this process has."""
     size: int = psutil.Process().memory_info().rss
     return size
+
+
+def stream(port: int, blocks: int, go: Event) -> None:
+    """In a process of its own: send one KV event to who subscribes, and when told to, events of so many blocks as fast
+    as it goes, and a last one."""
+    chance, ends, payloads = random.Random(1), list[int | None]([None] * DECODING), list[bytes]()
+    for number in range(STREAMED_BLOCKS // blocks):
+        block_ids = [chance.getrandbits(63) for _ in range(blocks)]
+        tokens = chance.choices(range(30_000), k=blocks * BLOCK_SIZE)
+        payloads.append(payload(block_ids, ends[number % DECODING], tokens))
+        ends[number % DECODING] = block_ids[-1]
+    payloads = [payload([1], None, BLOCK_SIZE * [1]), *payloads, payload([2], None, BLOCK_SIZE * [2])]
+    with zmq.Context() as context, context.socket(zmq.XPUB) as socket:
+        socket.set_hwm(0)
+        socket.bind(f"tcp://127.0.0.1:{port}")
+        socket.recv()
+        for number, one in enumerate(payloads):
+            socket.send_multipart([b"", number.to_bytes(8, "big"), one])
+            if not number:
+                go.wait()
+
+
+def payload(block_ids: list[int], parent_id: int | None, tokens: list[int]) -> bytes:
+    event = BlockStored(block_hashes=[*block_ids], parent_block_hash=parent_id, token_ids=tokens, block_size=BLOCK_SIZE)
+    encoded = msgspec.Raw(msgspec.msgpack.encode(event))
+    return msgspec.msgpack.encode(KvEventBatch(timestamp=time.time(), events=[encoded], dp_rank=0))
+
+
+async def measure_events(what: str, blocks: int) -> float:
+    """KV events of so many blocks a second, from a publisher's socket into the tree."""
+    [port] = free_ports(1)
+    go = multiprocessing.get_context("spawn").Event()
+    publisher = multiprocessing.get_context("spawn").Process(target=stream, args=(port, blocks, go), daemon=True)
+    publisher.start()
+    has = await (follow_ours if what == "ours" else follow_dynamo)(f"tcp://127.0.0.1:{port}")
+    while not await has(BLOCK_SIZE * [1]):
+        await asyncio.sleep(0.01)
+    began = time.perf_counter()
+    go.set()
+    while not await has(BLOCK_SIZE * [2]):
+        await asyncio.sleep(0.005)
+    return STREAMED_BLOCKS // blocks / (time.perf_counter() - began)
+
+
+async def follow_ours(address: str) -> Callable[[list[int]], Awaitable[bool]]:
+    """Follow a publisher's events; return what tells whether a prompt of one block is in the tree."""
+    fleet, worker = Fleet(), Worker(0, None)
+
+    async def follow() -> None:
+        async for item, stored in fleet.index.follow(0, KvEventStream(address, address)):
+            worker.on_update(item)
+            worker.on_stored(stored)
+
+    following = asyncio.ensure_future(follow())
+
+    async def has(tokens: list[int]) -> bool:
+        assert not following.done()
+        return bool(fleet.index.overlaps(compute_block_hash_for_seq(tokens, BLOCK_SIZE)))
+
+    return has
+
+
+async def follow_dynamo(address: str) -> Callable[[list[int]], Awaitable[bool]]:
+    service = SelectionService()
+    worker = {"worker_id": 0, "model_name": "benchmark", "endpoint": "any", "kv_events_endpoint": address}
+    await service.upsert_worker({**worker, "block_size": BLOCK_SIZE, "total_kv_blocks": max(TREES)})
+
+    async def has(tokens: list[int]) -> bool:
+        hashes = [number - 2**64 if number >= 2**63 else number for number in compute_block_hash_for_seq(tokens, 16)]
+        asked = {"model_name": "benchmark", "block_hashes": hashes, "sequence_hashes": hashes, "isl_tokens": BLOCK_SIZE}
+        scores: Any = await service.overlap_scores(asked)
+        return bool(scores["workers"][0]["device_blocks"])
+
+    return has
 
 
 async def measure_asked(runtime: DistributedRuntime, pid: int) -> float:
@@ -266,6 +352,8 @@ async def measure(runtime: DistributedRuntime, args: argparse.Namespace) -> None
             print(json.dumps(asdict(await measure_dynamo(runtime, int(first), int(second)))))
         case "asked":
             print(json.dumps(await measure_asked(runtime, int(first))))
+        case "events":
+            print(json.dumps(await measure_events(first, int(second))))
     sys.stdout.flush()
     os._exit(0)  # KvRouter's threads have nothing to finish
 
@@ -287,7 +375,11 @@ def measured(pipeline: Pipeline, *what: object) -> Any:
 
 
 def tables(
-    sizes: Sequence[tuple[int, int]], ours: Sequence[Cost], dynamo: Sequence[Cost], asked: dict[str, float]
+    sizes: Sequence[tuple[int, int]],
+    ours: Sequence[Cost],
+    dynamo: Sequence[Cost],
+    events: dict[int, dict[str, list[float]]],
+    asked: dict[str, float],
 ) -> str:
     rows = [
         "| blocks | workers | p50 µs: ours | KvRouter | ratio | p99 µs: ours | KvRouter | ratio |",
@@ -301,15 +393,21 @@ def tables(
     mine, theirs = ours[-1], dynamo[-1]
     rows += [
         "",
-        f"| with {sizes[-1][0]:,} blocks on {sizes[-1][1]} workers | ours | KvRouter | ratio |",
+        f"| with {sizes[-1][0]:,} blocks on {sizes[-1][1]} workers | ours | Dynamo | ratio |",
         "|---|---:|---:|---:|",
         row("decisions a second, one after the other", 1e6 / mine.p50, 1e6 / theirs.p50),
-        row(f"blocks stored a second, in events of {PROMPT_BLOCKS}", mine.blocks_per_second, theirs.blocks_per_second),
-        row("events of one block applied a second", mine.events_per_second, theirs.events_per_second),
         row("MB for a million blocks", mine.memory, theirs.memory),
-        row("CPU time of router.py for a decision asked over NATS, µs", asked["kv"], asked["dynamo"]),
+        row(f"blocks stored a second, in events of {PROMPT_BLOCKS}", mine.blocks_per_second, theirs.blocks_per_second),
     ]
+    for size, rates in events.items():
+        medians = (statistics.median(rates[what]) for what in ("ours", "dynamo"))
+        rows.append(row(f"events a second over ZMQ, of {counted(size)}", *medians))
+    rows.append(row("CPU time of router.py for a decision asked over NATS, µs", asked["kv"], asked["dynamo"]))
     return "\n".join(rows)
+
+
+def counted(blocks: int) -> str:
+    return "one block" if blocks == 1 else f"{blocks} blocks"
 
 
 def row(what: str, ours: float, theirs: float) -> str:
@@ -320,12 +418,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decisions", description=__doc__)
     parser.add_argument("--trees", type=int, nargs="+", default=TREES, help="blocks in the tree")
     parser.add_argument("--fleets", type=int, nargs="+", default=FLEETS, help="workers")
+    parser.add_argument("--rounds", type=int, default=5, help="how often both read short events, by turns")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         sys.exit(run(measure, argparse.Namespace(measure=args.measure, log_level="warning", log_format="text")))
-    sizes = [(blocks, workers) for blocks in args.trees for workers in args.fleets]
+    sizes = [(blocks, workers) for blocks in args.trees for workers in args.fleets if blocks >= workers * PROMPT_BLOCKS]
     ours, dynamo, asked = list[Cost](), list[Cost](), dict[str, float]()
+    events: dict[int, dict[str, list[float]]] = {blocks: {"ours": [], "dynamo": []} for blocks in EVENT_BLOCKS}
     setting = Setting(engines=4, block_size=BLOCK_SIZE, blocks=4096, engine_speedup=1.0)
     model = Path(resolve_model(None))
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -337,7 +437,10 @@ def main() -> None:
                 for size in tqdm(sizes if policy == "kv" else [], unit="size", disable=None):
                     ours.append(Cost(**measured(pipeline, "ours", *size)))
                     dynamo.append(Cost(**measured(pipeline, "dynamo", *size)))
-    print(tables(sizes, ours, dynamo, asked))
+                for blocks in EVENT_BLOCKS * args.rounds if policy == "kv" else ():
+                    for what, rates in events[blocks].items():
+                        rates.append(measured(pipeline, "events", what, blocks))
+    print(tables(sizes, ours, dynamo, events, asked))
 
 
 if __name__ == "__main__":

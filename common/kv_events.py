@@ -7,9 +7,11 @@ cache to who needs older ones. What cannot be had in any of these ways is said, 
 Silence is no loss: a worker that was stopped for a while has its cache and its recent events when it goes on.
 """
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from common.messages import (
@@ -34,6 +36,7 @@ IDLE_SECONDS = 1.0  # after this long without events, ask whether the last ones 
 REPLAY_SECONDS = 1.0  # without another message of an answer, and it is over, or was never begun
 FRUITLESS_ATTEMPTS = 3  # answers in a row without what is missing: it is gone; one answer can lose messages too
 SILENT_ATTEMPTS = 30  # in a row without any answer: do without
+AT_ONCE = 16 * 1024  # bytes of batches that are taken in together, some 2 ms of work, before others have their turn
 END_OF_REPLAY = -1
 
 _UNSIGNED = 2**64
@@ -52,11 +55,12 @@ Snapshot = Callable[[], AsyncIterator[CacheSnapshot]]
 
 @dataclass(slots=True, frozen=True)
 class Update:
-    """What changed in a worker's cache. After it, everything up to batch `sequence` is known."""
+    """What changed in a worker's cache, in this order. After it, everything up to batch `sequence` is known."""
 
     sequence: int
     changes: list[Change]
-    lag: float | None  # seconds from the worker's clock to ours; None for a snapshot, which is no event
+    lag: float | None  # seconds from the worker's clock to ours, of the last one; None for a snapshot
+    batches: int = 0  # that were read for it: those that had come; none for a snapshot, which is no event
 
 
 class Lost:
@@ -88,34 +92,34 @@ class KvEventStream:
                 socket.set_hwm(0)
                 socket.connect(address)
             live.subscribe(b"")
-            async for update in self._read_snapshot():
-                yield update
+            arrived: zmq.Socket[bytes] = zmq.Socket.shadow(live)  # the same, without a future for each message
+            async for part in self._read_snapshot():
+                yield part
             async for item in self._catch_up(replay):
                 yield item
             self.up_to_date = True
             while True:
-                came = None
-                if await live.poll(IDLE_SECONDS * 1000):
-                    *_, number, payload = await live.recv_multipart()
-                    came = int.from_bytes(number, "big"), payload
-                if came is None or came[0] > self._next:
-                    async for item in self._catch_up(replay, came):
+                batches = _received(arrived) if await live.poll(IDLE_SECONDS * 1000) else {}
+                idle = not batches
+                if update := self._take(batches):
+                    yield update
+                if idle or batches:
+                    async for item in self._catch_up(replay, batches):
                         yield item
-                elif came[0] == self._next:
-                    yield self._take(*came)
 
     async def _catch_up(
-        self, replay: zmq.asyncio.Socket, came: tuple[int, bytes] | None = None
+        self, replay: zmq.asyncio.Socket, early: dict[int, bytes] | None = None
     ) -> AsyncIterator[Update | Lost]:
-        """Yield what is missing up to now, and with it the batch that `came` too early."""
-        batches = dict([came] if came else ())
+        """Yield what is missing up to now, and with it the batches that came too early."""
+        batches = early or {}
         fruitless = 0
         while fruitless < FRUITLESS_ATTEMPTS:
             before = self._next
             answer, complete = await self._ask(replay)
             batches |= answer
-            for update in self._take_all(batches):
+            while update := self._take(batches):
                 yield update
+                await asyncio.sleep(0)  # an answer can be long
             if complete and not batches:
                 return
             if self._next > before:  # SGLang's and the mocker's sockets drop what is beyond the first 1,000 or so
@@ -138,9 +142,9 @@ class KvEventStream:
         yield Lost()
         if not self._snapshot:
             self._next = min(batches)
-        async for update in self._read_snapshot():
-            yield update
-        for update in self._take_all(batches):
+        async for part in self._read_snapshot():
+            yield part
+        while update := self._take(batches):
             yield update
 
     async def _ask(self, replay: zmq.asyncio.Socket) -> tuple[dict[int, bytes], bool]:
@@ -169,34 +173,47 @@ class KvEventStream:
                 self._next = part.sequence + 1
                 yield Update(part.sequence, list(part.chains), lag=None)
 
-    def _take_all(self, batches: dict[int, bytes]) -> Iterator[Update]:
-        """Give out the batches that are next, and leave those that are beyond a gap."""
-        while self._next in batches:
-            yield self._take(self._next, batches[self._next])
+    def _take(self, batches: dict[int, bytes]) -> Update | None:
+        """What the batches say that are next, AT_ONCE of them. Leaves those that are beyond a gap."""
+        first, changes, lag, size = self._next, list[Change](), None, 0
+        while size < AT_ONCE and (payload := batches.pop(self._next, None)) is not None:
+            self._next += 1
+            size += len(payload)
+            lag = self._read(payload, changes)
         for sequence in [sequence for sequence in batches if sequence < self._next]:
             del batches[sequence]
+        return Update(self._next - 1, changes, lag, self._next - first) if self._next > first else None
 
-    def _take(self, sequence: int, payload: bytes) -> Update:
-        """What a batch says. What this program does not understand is left out: the rest is true all the same."""
-        self._next = sequence + 1
+    def _read(self, payload: bytes, changes: list[Change]) -> float | None:
+        """Add to `changes` what a batch says, and return its lag. What this program does not understand is left out:
+        the rest is true all the same."""
         try:
             batch = self._batches.decode(payload)
         except msgspec.DecodeError as error:
             self._leave_out(error)
-            return Update(sequence, [], lag=None)
-        return Update(sequence, list(self._understood(batch.events)), lag=time.time() - batch.timestamp)
-
-    def _understood(self, events: Sequence[msgspec.Raw]) -> Iterator[Change]:
-        for event in events:
+            return None
+        for event in batch.events:
             try:
-                yield _change(self._changes.decode(event))
+                changes.append(_change(self._changes.decode(event)))
             except (msgspec.DecodeError, ValueError, OverflowError) as error:
                 self._leave_out(error)
+        return time.time() - batch.timestamp
 
     def _leave_out(self, error: Exception) -> None:
         self._left_out += 1
         if self._left_out == 1:
             log.error("%s: events that this program does not understand are left out: %s", self._events, error)
+
+
+def _received(socket: zmq.Socket[bytes]) -> dict[int, bytes]:
+    """The batches that have come, AT_ONCE of them, by sequence number."""
+    batches, size = dict[int, bytes](), 0
+    with suppress(zmq.Again):
+        while size < AT_ONCE:
+            *_, number, payload = socket.recv_multipart(zmq.NOBLOCK)
+            batches[int.from_bytes(number, "big")] = payload
+            size += len(payload)
+    return batches
 
 
 def _change(event: KvEvent) -> Change:

@@ -144,6 +144,8 @@ class Failure(Message):
 class ModelIdentity(Message):
     """What a request and a worker must have in common, or no prompt would ever be found in a cache."""
 
+    model_config = ConfigDict(frozen=True)
+
     name: str  # what clients call the model
     block_size: int  # tokens in a KV block
     tokenizer: str | None = None  # its fingerprint; None if unknown
@@ -293,7 +295,7 @@ class SnapshotRequest(Message):
     """Asks a worker for everything that is in its KV cache."""
 
 
-class StoredBlocks(Message):
+class StoredBlocks(StructMessage, kw_only=True):
     """A chain of blocks in a KV cache, each the parent of the next."""
 
     parent_id: int | None  # the block before the first; None if that begins a prompt
@@ -301,7 +303,7 @@ class StoredBlocks(Message):
     local_hashes: list[int]  # `compute_block_hash_for_seq` of each block's tokens
 
 
-class CacheSnapshot(Message):
+class CacheSnapshot(StructMessage, kw_only=True):
     """Part of a worker's KV cache. All parts of one answer are of the same moment."""
 
     sequence: int  # of the last batch of KV events that is in it; -1 if none

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import OrderedDict
+from functools import lru_cache
 
 from common.errors import Unavailable
 from common.messages import FindWorkerRequest, ModelIdentity, WorkerStatus
@@ -26,17 +27,20 @@ class Fleet:
         self._refused: dict[int, WorkerStatus] = {}
         self._sessions: OrderedDict[tuple[str, str], int] = OrderedDict()  # by model and session, who had it last
         self._reported: set[tuple[int, str]] = set()  # mismatches that the log knows of
+        self._fitting = lru_cache(UNSERVED)(self._find_fitting)  # remembered until somebody comes or leaves
 
     def add(self, worker: Worker) -> None:
         """Let a worker take requests."""
         if worker.name in {other.name for other in self.workers.values()}:
             log.warning("two workers are called %s: give each its own --worker-id", worker.name)
         self.workers[worker.instance_id] = worker
+        self._fitting.cache_clear()
 
     def refuse(self, instance_id: int, name: str, reason: str) -> None:
         """Give a worker no requests, and say why."""
         log.error("refused worker %s (instance %d): %s", name, instance_id, reason)
         self.workers.pop(instance_id, None)
+        self._fitting.cache_clear()
         self.index.forget(instance_id)
         self._refused[instance_id] = WorkerStatus(
             instance_id=instance_id, worker_id=name, status="refused", reason=reason
@@ -52,34 +56,38 @@ class Fleet:
         self._reported = {report for report in self._reported if report[0] != instance_id}
         self.index.forget(instance_id)
         if worker := self.workers.pop(instance_id, None):
+            self._fitting.cache_clear()
             log.info("worker %s left", worker.name)
 
     def candidates(self, request: FindWorkerRequest, prompt: Prompt) -> list[Candidate]:
         """The workers that may take a prompt, and how much of it each has. Raises Unavailable, with what does not fit,
         if there is none."""
-        overlaps = self.index.overlaps(request.local_hashes)
-        session = self._sessions.get((request.model.name, request.session)) if request.session else None
-        candidates = [
+        model, excluded, workers = request.model, request.excluded, self._fitting(request.model)
+        if excluded:
+            workers = [worker for worker in workers if worker.instance_id not in excluded]
+        if not workers:
+            raise Unavailable(self._nobody(request), code="no_worker")
+        workers = [worker for worker in workers if worker.silent_since is None] or workers
+        if request.beside is not None:
+            workers = [worker for worker in workers if worker.instance_id == request.beside] or workers
+        if self.unserved:
+            self.unserved.pop(describe_request(model), None)
+        overlaps, hashes = self.index.overlaps(request.local_hashes), prompt.sequence_hashes
+        session = self._sessions.get((model.name, request.session)) if request.session else None
+        return [
             Candidate(
                 worker,
                 request,
                 prompt,
-                overlaps.get(instance_id, 0),
-                worker.held_blocks(prompt.sequence_hashes),
-                instance_id == session,
+                overlaps.get(worker.instance_id, 0),
+                worker.held_blocks(hashes),
+                worker.instance_id == session,
             )
-            for instance_id, worker in self.workers.items()
-            if self._fits(worker, request.model) and instance_id not in request.excluded
+            for worker in workers
         ]
-        if not candidates:
-            raise Unavailable(self._nobody(request), code="no_worker")
-        candidates = [one for one in candidates if one.worker.silent_since is None] or candidates
-        candidates = [one for one in candidates if one.worker.instance_id == request.beside] or candidates
-        for candidate in candidates:
-            candidate.peers = candidates
-        if self.unserved:
-            self.unserved.pop(describe_request(request.model), None)
-        return candidates
+
+    def _find_fitting(self, model: ModelIdentity) -> list[Worker]:
+        return [worker for worker in self.workers.values() if self._fits(worker, model)]
 
     def _fits(self, worker: Worker, model: ModelIdentity) -> bool:
         """Whether a worker can run requests for a model. One that says it serves it and does not fit is a mistake."""

@@ -15,6 +15,8 @@ from typing import Any, Self
 from common.messages import FindWorkerRequest, RoutingDecision, WorkerCost
 from common.routing.worker import Prompt, Worker
 
+import msgspec
+
 BUSIER = 2.0  # than the least loaded worker, and a session leaves its own
 
 
@@ -46,9 +48,9 @@ class Weights:
         return cls(**{one.name: getattr(args, one.name) for one in fields(cls)})
 
 
-# Not frozen: that makes them three times as slow to build, and there is one for every worker.
-@dataclass(slots=True, eq=False)
-class Candidate:
+class Candidate(
+    msgspec.Struct, eq=False
+):  # of which there is one for every worker, and a dataclass takes twice as long
     """A worker that could take a prompt."""
 
     worker: Worker
@@ -57,7 +59,7 @@ class Candidate:
     overlap_blocks: int  # leading blocks of the prompt that it has cached
     held_blocks: int  # leading blocks of the prompt that requests in progress there hold, computed or about to be
     had_session: bool = False  # whether it got the last request of the same session
-    peers: Sequence["Candidate"] = ()  # all that could take it, this one among them
+    peers: Sequence["Candidate"] = ()  # all that could take it, this one among them, while a policy looks at it
     cost: float = 0.0  # in blocks, by the policy that chose, once it has
 
     @property
@@ -109,12 +111,14 @@ def kv(candidate: Candidate, weights: Weights) -> float:
     Without that, so small a weight would let all prompts of a kind run to one worker. And what waits gets less as the
     parts of a long prompt are stored, not only when all of it is. `benchmarks/simulate.py` shows what each is worth.
     """
-    worker, blocks, expected = candidate.worker, candidate.prompt.blocks, candidate.expected_blocks
-    waiting = max(worker.prefill_blocks - (expected - candidate.overlap_blocks), 0.0)
-    prefill = max(waiting + blocks - weights.overlap_score_credit * expected, 0.0)
-    decode = worker.decode_blocks + blocks - candidate.held_blocks
+    worker, blocks = candidate.worker, candidate.prompt.blocks
+    overlap, held = candidate.overlap_blocks, candidate.held_blocks
+    expected = overlap if overlap > held else held  # no max() here: it takes three times as long, for each worker
+    waiting = worker.prefill_blocks - (expected - overlap)
+    prefill = (waiting if waiting > 0 else 0.0) + blocks - weights.overlap_score_credit * expected
+    decode = worker.decode_blocks + blocks - held
     return (
-        weights.prefill_load_scale * prefill
+        weights.prefill_load_scale * (prefill if prefill > 0 else 0.0)
         + weights.decode_load_scale * decode
         + weights.decode_active_request_weight * worker.requests
     )
@@ -171,7 +175,9 @@ class LowestCost:
 def choose(candidates: Sequence[Candidate], policy: Policy, weights: Weights) -> Candidate:
     """The candidate that a policy takes. Sets the cost of each."""
     for candidate in candidates:
+        candidate.peers = candidates
         candidate.cost = policy(candidate, weights)
+        candidate.peers = ()  # or each decision would leave a circle to the garbage collector
     costs = [candidate.cost for candidate in candidates]
     if weights.router_temperature > 0:
         return random.choices(candidates, _softmax(costs, weights.router_temperature))[0]

@@ -1,7 +1,7 @@
 """Which worker has which blocks in its KV cache: Dynamo's RadixTree, fed from ZMQ."""
 
-from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -12,63 +12,109 @@ import msgspec
 from dynamo.llm import RadixTree
 
 _ROOT = 0
+_BITS = 2**60 - 1  # of a sequence hash: for larger numbers Python takes half as much memory again
+_OUT_OF_REACH = -1
 
 
 def sequence_hashes(local_hashes: Sequence[int], parent: int = _ROOT) -> list[int]:
     """For each block, one number that stands for it and all those before it: equal numbers, equal prefixes.
 
-    They are this process's own, 64 bits with a sign, and made by Python's hash of pairs.
+    They are this process's own, of 60 bits, and made by Python's hash of pairs.
     """
     return list(accumulate(local_hashes, _sequence_hash, initial=parent))[1:]
 
 
 def _sequence_hash(before: int, local_hash: int) -> int:
-    return hash((before, local_hash))
+    return hash((before, local_hash)) & _BITS
+
+
+class _Block(msgspec.Struct, gc=False):
+    """A block of one worker. There are millions: the garbage collector passes them by, since they refer to each other
+    by their ids."""
+
+    parent_id: int | None
+    local_hash: int
+    sequence_hash: int = _OUT_OF_REACH
+    child_id: int | None = None  # of one block after it; it seldom has more
 
 
 class _Cache:
     """One worker's blocks by their ids, and which of them prompts can reach: those that have all before them."""
 
     def __init__(self) -> None:
-        self.blocks: dict[int, tuple[int | None, int]] = {}  # by block id: its parent's, and its local hash
-        self.hashes: dict[int, int] = {}  # by block id, the sequence hashes of those within reach
-        # By block id, whether that is there or not. Tuples, because lists would keep the garbage collector busy.
-        self._children: dict[int, tuple[int, ...]] = {}
-        self._names: dict[int, int] = {}  # by sequence hash, how many block ids within reach have it
+        self.blocks: dict[int | None, _Block] = {None: _Block(None, 0, _ROOT)}  # and what prompts begin with
+        self._children = defaultdict[int | None, set[int]](set)  # by block id, there or not: those but its `child_id`
+        self._names: dict[int, int] = {}  # by sequence hash, how many blocks within reach have it
+        # What changed since the tree was told, parents first: the sequence hashes that came within reach, each with the
+        # one before it and its local hash, and those that got out of it.
+        self.gained: dict[int, tuple[int, int]] = {}
+        self.lost: dict[int, None] = {}
 
-    def add(self, block_id: int, parent_id: int | None, local_hash: int) -> Iterator[tuple[int, int, int]]:
-        """Yields the sequence hashes that come within reach, parents first: the one before, itself, its local hash."""
-        self.blocks[block_id] = parent_id, local_hash
-        if parent_id is not None:
-            self._children[parent_id] = (*self._children.get(parent_id, ()), block_id)
-        waiting = [block_id] if parent_id is None or parent_id in self.hashes else []
+    def store(self, block_id: int, parent_id: int | None, local_hash: int) -> None:
+        """Add a block. One that has its id and is another gives way to it."""
+        if known := self.blocks.get(block_id):
+            if (known.parent_id, known.local_hash) == (parent_id, local_hash):
+                return
+            self.remove(block_id)
+        parent = self.blocks.get(parent_id)
+        if parent and parent.child_id is None:
+            parent.child_id = block_id
+        else:
+            self._children[parent_id].add(block_id)
+        self.blocks[block_id] = _Block(parent_id, local_hash)
+        if parent and parent.sequence_hash != _OUT_OF_REACH:
+            self._reach(block_id)
+
+    def remove(self, block_id: int) -> bool:
+        """Forget a block. Returns whether it was there."""
+        if not (block := self.blocks.pop(block_id, None)):
+            return False
+        parent = self.blocks.get(block.parent_id)
+        if parent and parent.child_id == block_id:
+            parent.child_id = None
+        else:
+            self._children[block.parent_id].remove(block_id)
+            if not self._children[block.parent_id]:
+                del self._children[block.parent_id]
+        if block.child_id is not None:
+            self._children[block_id].add(block.child_id)
+        self._leave(block_id, block)
+        return True
+
+    def _after(self, block_id: int, block: _Block) -> Iterable[int]:
+        children = self._children.get(block_id, ())
+        return children if block.child_id is None else (block.child_id, *children)
+
+    def _reach(self, block_id: int) -> None:
+        """A block has all before it now, and so have those after it."""
+        waiting = [block_id]
         while waiting:
             block_id = waiting.pop()
-            parent_id, local_hash = self.blocks[block_id]
-            before = _ROOT if parent_id is None else self.hashes[parent_id]
-            self.hashes[block_id] = sequence_hash = _sequence_hash(before, local_hash)
+            block = self.blocks[block_id]
+            before = self.blocks[block.parent_id].sequence_hash
+            block.sequence_hash = sequence_hash = _sequence_hash(before, block.local_hash)
             names = self._names[sequence_hash] = self._names.get(sequence_hash, 0) + 1
-            if names == 1:
-                yield before, sequence_hash, local_hash
-            waiting += self._children.get(block_id, ())
+            if sequence_hash in self.lost:
+                del self.lost[sequence_hash]
+            elif names == 1:
+                self.gained[sequence_hash] = before, block.local_hash
+            waiting += self._after(block_id, block)
 
-    def discard(self, block_id: int) -> Iterator[int]:
-        """Yields the sequence hashes that get out of reach, parents first."""
-        parent_id, _ = self.blocks.pop(block_id, (None, 0))
-        if parent_id is not None:
-            siblings = self._children.pop(parent_id)
-            place = siblings.index(block_id)
-            if rest := siblings[:place] + siblings[place + 1 :]:
-                self._children[parent_id] = rest
-        leaving = [block_id]
+    def _leave(self, block_id: int, block: _Block) -> None:
+        """A block is no longer there, and those after it are out of reach."""
+        leaving = [(block_id, block)]
         while leaving:
-            block_id = leaving.pop()
-            if (sequence_hash := self.hashes.pop(block_id, None)) is not None:
+            block_id, block = leaving.pop()
+            if (sequence_hash := block.sequence_hash) == _OUT_OF_REACH:
+                continue
+            block.sequence_hash = _OUT_OF_REACH
+            if self._names[sequence_hash] > 1:
                 self._names[sequence_hash] -= 1
-                if not self._names[sequence_hash]:
-                    del self._names[sequence_hash]
-                    yield sequence_hash
-                leaving += self._children.get(block_id, ())
+            else:
+                self._names.pop(sequence_hash)
+                if not self.gained.pop(sequence_hash, None):
+                    self.lost[sequence_hash] = None
+            leaving += [(child_id, self.blocks[child_id]) for child_id in self._after(block_id, block)]
 
 
 class PrefixIndex:
@@ -86,7 +132,7 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._tree = RadixTree()
-        self._caches: dict[int, _Cache] = {}  # by instance
+        self._caches = defaultdict[int, _Cache](_Cache)  # by instance
         self._event_id = 0
         # KV events, by type and by what Dynamo calls what became of them. Of those that come in any case there are none
         # at first, or whoever collects the counts would miss the first ones.
@@ -103,7 +149,7 @@ class PrefixIndex:
 
     def blocks(self, instance_id: int) -> int:
         """How many blocks a worker has in its cache, also of those that no prompt can reach."""
-        return len(self._caches[instance_id].blocks) if instance_id in self._caches else 0
+        return len(self._caches[instance_id].blocks) - 1 if instance_id in self._caches else 0
 
     async def follow(self, instance_id: int, events: KvEventStream) -> AsyncIterator[tuple[Update | Lost, list[int]]]:
         """Keep a worker's blocks true. Yield each thing that came, and the sequence hashes of the blocks stored."""
@@ -112,24 +158,18 @@ class PrefixIndex:
             if isinstance(item, Lost):
                 self.clear(instance_id)
             else:
-                for change in item.changes:
-                    stored += self.apply(instance_id, change)
+                stored = self.apply(instance_id, *item.changes)
             yield item, stored
 
-    def apply(self, instance_id: int, change: Change) -> list[int]:
-        """Take in a change of a worker's cache, and return the sequence hashes of the blocks stored."""
-        match change:
-            case StoredBlocks():
-                stored = self._store(instance_id, change)
-                self.applied["stored", "ok" if stored else "parent_block_not_found"] += 1
-                return stored
-            case RemovedBlocks():
-                removed = self._remove(instance_id, change.block_ids)
-                self.applied["removed", "ok" if removed else "block_not_found"] += 1
-            case AllBlocksCleared():
-                self.clear(instance_id)
-                self.applied["cleared", "ok"] += 1
-        return []
+    def apply(self, instance_id: int, *changes: Change) -> list[int]:
+        """Take in changes of a worker's cache, in their order, and return the sequence hashes of the blocks stored.
+
+        The tree is told once, what they amount to: each event for it is a trip to another thread, which takes longer
+        than all the rest of a block.
+        """
+        stored = [sequence_hash for change in changes for sequence_hash in self._take_in(instance_id, change)]
+        self._tell_tree(instance_id, self._caches[instance_id])
+        return stored
 
     def clear(self, instance_id: int) -> None:
         """Forget a worker's blocks."""
@@ -141,37 +181,39 @@ class PrefixIndex:
         self._tree.remove_worker(instance_id)
         self._caches.pop(instance_id, None)
 
-    def _store(self, instance_id: int, stored: StoredBlocks) -> list[int]:
-        cache = self._caches.setdefault(instance_id, _Cache())
-        parents = (stored.parent_id, *stored.block_ids)
-        chain = dict(zip(stored.block_ids, zip(parents, stored.local_hashes, strict=False), strict=True))
-        self._remove(instance_id, [name for name, block in chain.items() if cache.blocks.get(name, block) != block])
-        new = [(name, block) for name, block in chain.items() if name not in cache.blocks]
-        self._add_to_tree(instance_id, [node for name, block in new for node in cache.add(name, *block)])
-        return [cache.hashes[name] for name in chain if name in cache.hashes]
+    def _take_in(self, instance_id: int, change: Change) -> list[int]:
+        cache = self._caches[instance_id]
+        match change:
+            case StoredBlocks(parent_id=parent_id):
+                for block_id, local_hash in zip(change.block_ids, change.local_hashes, strict=True):
+                    cache.store(block_id, parent_id, local_hash)
+                    parent_id = block_id
+                hashes = [cache.blocks[block_id].sequence_hash for block_id in change.block_ids]
+                stored = [sequence_hash for sequence_hash in hashes if sequence_hash != _OUT_OF_REACH]
+                self.applied["stored", "ok" if stored else "parent_block_not_found"] += 1
+                return stored
+            case RemovedBlocks():
+                removed = [block_id for block_id in change.block_ids if cache.remove(block_id)]
+                self.applied["removed", "ok" if removed else "block_not_found"] += 1
+            case AllBlocksCleared():
+                self.clear(instance_id)
+                self.applied["cleared", "ok"] += 1
+        return []
 
-    def _remove(self, instance_id: int, block_ids: Iterable[int]) -> bool:
-        """Whether any of these blocks was there."""
-        cache = self._caches.get(instance_id, _Cache())
-        if lost := [node for block_id in block_ids for node in cache.discard(block_id)]:
-            self._apply(instance_id, {"removed": {"block_hashes": list(map(_node, lost))}})
-        return bool(lost)
-
-    def _add_to_tree(self, instance_id: int, nodes: Iterable[tuple[int, int, int]]) -> None:
-        chains = list[tuple[int, list[dict[str, int]]]]()  # by what is before them
-        for before, sequence_hash, local_hash in nodes:
-            if not chains or chains[-1][1][-1]["block_hash"] != _node(before):
-                chains.append((before, []))
-            chains[-1][1].append({"block_hash": _node(sequence_hash), "tokens_hash": local_hash})
-        for before, blocks in chains:
-            parent = None if before == _ROOT else _node(before)
-            self._apply(instance_id, {"stored": {"parent_hash": parent, "blocks": blocks}})
+    def _tell_tree(self, instance_id: int, cache: _Cache) -> None:
+        if cache.lost:
+            self._apply(instance_id, {"removed": {"block_hashes": list(cache.lost)}})
+        chains, ends = list[dict[str, object]](), dict[int, list[dict[str, int]]]()
+        for sequence_hash, (before, local_hash) in cache.gained.items():
+            if before not in ends:
+                ends[before] = []
+                chains.append({"parent_hash": None if before == _ROOT else before, "blocks": ends[before]})
+            ends[sequence_hash] = chain = ends.pop(before)
+            chain.append({"block_hash": sequence_hash, "tokens_hash": local_hash})
+        for stored in chains:
+            self._apply(instance_id, {"stored": stored})
+        cache.lost, cache.gained = {}, {}
 
     def _apply(self, instance_id: int, data: object) -> None:
         self._event_id += 1
         self._tree.apply_event(instance_id, msgspec.json.encode({"event_id": self._event_id, "data": data}))
-
-
-def _node(sequence_hash: int) -> int:
-    """What the tree calls a block: it takes no sign."""
-    return sequence_hash % 2**64

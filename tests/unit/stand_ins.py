@@ -63,6 +63,9 @@ def tree_blocks(index: PrefixIndex, instance_id: int) -> set[int]:
         event for event in map(json.loads, index._tree.dump_tree_as_events()) if event["worker_id"] == instance_id
     ]
     nodes = {block["block_hash"] for event in events for block in event["event"]["data"]["stored"]["blocks"]}
-    hashes = index._caches[instance_id].hashes if instance_id in index._caches else {}
-    assert nodes == {sequence_hash % 2**64 for sequence_hash in hashes.values()}
-    return set(hashes)
+    blocks = index._caches[instance_id].blocks if instance_id in index._caches else {}
+    reached = {
+        name: block.sequence_hash for name, block in blocks.items() if name is not None and block.sequence_hash >= 0
+    }
+    assert nodes == set(reached.values())
+    return set(reached)

@@ -104,6 +104,26 @@ def test_the_index_finds_what_is_there(history: list[tuple[int, Change]]) -> Non
     compare(index, caches)
 
 
+def in_batches(stored: some.SearchStrategy[StoredBlocks]) -> some.SearchStrategy[list[tuple[int, list[Change]]]]:
+    """The same, several things at a time."""
+    return some.lists(some.tuples(some.sampled_from(WORKERS), some.lists(changes(stored), max_size=8)), max_size=8)
+
+
+@always_the_same
+@given(in_batches(anything) | in_batches(prompts))
+def test_what_is_taken_in_together_is_as_good_as_one_after_the_other(history: list[tuple[int, list[Change]]]) -> None:
+    together, apart = PrefixIndex(), PrefixIndex()
+    caches = {worker: PlainCache() for worker in WORKERS}
+    for worker, batch in history:
+        stored = [sequence_hash for change in batch for sequence_hash in apart.apply(worker, change)]
+        assert together.apply(worker, *batch) == stored
+        for change in batch:
+            caches[worker].apply(change)
+        compare(together, caches)
+    compare(apart, caches)
+    assert together.applied == apart.applied
+
+
 @always_the_same
 @given(histories(anything) | histories(prompts), some.integers(1, 4))
 def test_a_snapshot_is_as_good_as_the_history(history: list[tuple[int, Change]], longest: int) -> None:

@@ -70,14 +70,23 @@ class TestMatching:
     def test_workers_that_failed_a_request_do_not_get_it_again(self) -> None:
         assert ids(fleet_of(identity(), identity(), identity()), identity(), excluded=[0, 2]) == [1]
 
+    def test_who_comes_takes_requests_at_once_and_who_leaves_takes_none(self) -> None:
+        fleet = fleet_of(identity(), identity("n"))
+        assert ids(fleet, identity()) == [0]
+        fleet.add(Worker(7, worker_info(7, model=identity())))
+        fleet.add(Worker(8, worker_info(8, model=identity())))
+        assert ids(fleet, identity()) == [0, 7, 8]
+        fleet.forget(0)
+        fleet.refuse(7, "w7", "it is odd")
+        assert ids(fleet, identity()) == [8]
+
 
 class TestCandidates:
-    def test_it_shows_the_request_and_its_peers(self) -> None:
+    def test_it_shows_the_request(self) -> None:
         found = candidates(fleet_of(identity(), identity()), identity(), session="s", priority=7, request_id="r")
         for candidate in found:
             request = candidate.request
             assert (request.session, request.priority, request.request_id, request.tokens) == ("s", 7, "r", 40)
-            assert list(candidate.peers) == found
 
     def test_it_shows_who_had_the_session(self) -> None:
         fleet = fleet_of(identity(), identity())

@@ -14,7 +14,7 @@ from common.engines.announcement import Announcement
 from common.engines.ports import free_ports
 from common.engines.publisher import KvEventPublisher, publish_load
 from common.errors import Unavailable
-from common.kv_events import KvEventStream, Lost, RemovedBlocks, Snapshot, Update, load_stats
+from common.kv_events import Change, KvEventStream, Lost, RemovedBlocks, Snapshot, Update, load_stats
 from common.messages import (
     AllBlocksCleared,
     BlockRemoved,
@@ -104,16 +104,20 @@ Scenario = Callable[[Publisher, "Reader"], Coroutine[None, None, None]]
 
 
 class Reader:
-    """Collects what a stream gives out: the number of a batch, or "lost"."""
+    """Collects what a stream gives out: the number of each batch, of each part of a snapshot, or "lost"."""
 
     def __init__(self, items: AsyncIterator[Update | Lost]) -> None:
         self._items = items
+        self._came: list[int | str] = []
 
     async def read(self, count: int) -> list[int | str]:
-        out: list[int | str] = []
-        while len(out) < count:
+        while len(self._came) < count:
             item = await asyncio.wait_for(anext(self._items), 30)
-            out.append("lost" if isinstance(item, Lost) else item.sequence)
+            if isinstance(item, Lost):
+                self._came.append("lost")
+            else:
+                self._came += range(item.sequence - max(item.batches, 1) + 1, item.sequence + 1)
+        out, self._came = self._came[:count], self._came[count:]
         return out
 
 
@@ -208,6 +212,28 @@ def test_of_a_batch_what_can_be_understood_is_taken() -> None:
         assert update.changes == [RemovedBlocks([5]), RemovedBlocks([6])]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("at_once", [kv_events.AT_ONCE, 1])
+def test_what_has_come_is_given_out_together_but_not_too_much(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_events, "AT_ONCE", at_once)
+    removed = [RemovedBlocks([number]) for number in range(20)]
+
+    async def scenario(publisher: Publisher, items: AsyncIterator[Update | Lost]) -> None:
+        sizes, changes = list[int](), list[Change]()
+        for wave in (removed[:1], removed[1:]):
+            for one in wave:
+                await publisher.publish_removed(one.block_ids)
+            await asyncio.sleep(0.1)
+            while not changes or changes[-1] != wave[-1]:
+                update = await asyncio.wait_for(anext(items), 30)
+                assert isinstance(update, Update)
+                sizes.append(update.batches)
+                changes += update.changes
+        assert changes == removed
+        assert sizes == [1] * 20 if at_once == 1 else len(sizes) < 10
+
+    stream(scenario, keeps=100)
 
 
 def test_many() -> None:
@@ -432,12 +458,15 @@ class TestKvEventPublisher:
             await publisher.publish_stored([4], [40], parent_id=30)
             await publisher.publish_removed([40])
             await publisher.publish(AllBlocksCleared(), BlockRemoved(block_hashes=[5]))
-            updates = [await asyncio.wait_for(anext(items), 30) for _ in range(4)]
-            assert [update.changes for update in updates if isinstance(update, Update)] == [
-                [StoredBlocks(parent_id=None, block_ids=[2**64 - 1, 20, 30], local_hashes=hashes(1, 2, 3))],
-                [StoredBlocks(parent_id=30, block_ids=[40], local_hashes=hashes(4))],
-                [RemovedBlocks([40])],
-                [AllBlocksCleared(), RemovedBlocks([5])],
+            update = await asyncio.wait_for(anext(items), 30)
+            assert isinstance(update, Update)
+            assert (update.sequence, update.batches) == (3, 4)
+            assert update.changes == [
+                StoredBlocks(parent_id=None, block_ids=[2**64 - 1, 20, 30], local_hashes=hashes(1, 2, 3)),
+                StoredBlocks(parent_id=30, block_ids=[40], local_hashes=hashes(4)),
+                RemovedBlocks([40]),
+                AllBlocksCleared(),
+                RemovedBlocks([5]),
             ]
             await publisher.publish_removed([1])
             live = await asyncio.wait_for(anext(items), 30)
@@ -450,8 +479,7 @@ class TestKvEventPublisher:
         async def scenario(publisher: Publisher, items: AsyncIterator[Update | Lost]) -> None:
             for block_id in range(5):
                 await publisher.publish_removed([block_id])
-            read = [await asyncio.wait_for(anext(items), 30) for _ in range(3)]
-            assert [item.sequence if isinstance(item, Update) else "lost" for item in read] == ["lost", 3, 4]
+            assert await Reader(items).read(3) == ["lost", 3, 4]
 
         stream(scenario, keeps=2)
 

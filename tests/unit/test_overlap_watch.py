@@ -16,7 +16,7 @@ PROMPT = Prompt(sequence_hashes([1, 2, 3]), 3.5)
 def worker(*, events: int) -> Worker:
     worker = Worker(1, worker_info())
     for sequence in range(events):
-        worker.on_update(Update(sequence, [], lag=0.0))
+        worker.on_update(Update(sequence, [], lag=0.0, batches=1))
     return worker
 
 

@@ -1,5 +1,6 @@
 """What the routing policies choose, and why."""
 
+import gc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -53,6 +54,29 @@ def prompt(blocks: float = 10, hashes: Sequence[int] | None = None) -> Prompt:
 
 def taken(candidates: list[Candidate], policy: Any = kv, weights: Weights = DEFAULT) -> Worker:
     return choose(candidates, policy, weights).worker
+
+
+def test_a_policy_sees_who_else_could_take_it() -> None:
+    candidates = [candidate(worker, prompt()) for worker in workers(3)]
+    seen: list[list[Candidate]] = []
+
+    def look(one: Candidate, weights: Weights) -> float:
+        seen.append(list(one.peers))
+        return 0.0
+
+    choose(candidates, look, DEFAULT)
+    assert seen == [candidates] * 3
+
+
+def test_a_decision_leaves_nothing_to_the_garbage_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            choose([candidate(worker, prompt()) for worker in workers(3)], kv, DEFAULT)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 class TestKv:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 log = logging.getLogger(__name__)
 
 # What needs no key, as in vLLM: probes, metrics, and what is the same in every copy of this repository.
-OPEN = re.compile(r"/(live|health|metrics|docs(/oauth2-redirect)?|redoc|openapi\.json|page/[^/]+)?")
+OPEN = re.compile(r"/(live|health(/ready)?|metrics|docs(/oauth2-redirect)?|redoc|openapi\.json|page/[^/]+)?")
 
 _KEY = re.compile(r"[!-~]+")
 

@@ -187,13 +187,11 @@ class TestTurns:
         assert not scene.come("any", 1)
 
     def test_one_for_whom_nobody_is_left_is_told_so(self) -> None:
-        scene = Scene(workers=2)
-        lease = scene.work(1, 50)
-        scene.work(2, 50)
+        scene = Scene()
+        scene.work(1, 50)
         assert scene.come("any", 1)
-        scene.fleet.workers[1].info.model.name = "other"  # type: ignore[union-attr]
-        scene.fleet.forget(2)
-        scene.end(lease)
+        scene.fleet.forget(1)
+        scene.fleet.add(Worker(2, worker_info(2, model=identity("other")), lambda: scene.now))
         assert scene.next() == "any"
 
 

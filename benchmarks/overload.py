@@ -127,7 +127,7 @@ def main() -> None:
     text = report(args, results)
     print(text)
     (args.output / "overload.md").write_text(text + "\n")
-    if errors := sorted({error for _, each in results for one in each for error in one.errors})[:5]:
+    if errors := sorted({error for one in results[0][1] for error in one.errors})[:5]:  # without, clients give up
         raise SystemExit("\n".join(errors))
 
 
@@ -135,8 +135,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.overload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--times", type=float, nargs="+", default=[0.5, 0.9, 1.5, 3, 10], help="the engines' capacity")
-    parser.add_argument("--seconds", type=float, default=30.0, help="that requests come at each rate")
+    parser.add_argument("--times", type=float, nargs="+", default=[0.5, 0.9, 3, 10], help="the engines' capacity")
+    parser.add_argument("--seconds", type=float, default=12.0, help="that requests come at each rate")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "build" / "benchmarks", help="folder")
     return parser.parse_args()
 

@@ -14,6 +14,26 @@ LOOK_SECONDS = 0.25  # between looks at a stream that is waited for
 Hopeless = Callable[[float, bool], str | None]
 
 
+class Ticker:
+    """Calls `do` again and again, until it is cancelled.
+
+    A function that set its own timer would hold itself: for each request there would be one, and what it knows, that
+    only the garbage collector could free.
+    """
+
+    def __init__(self, seconds: float, do: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._do = do
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._tick)
+        self._do()
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+
 async def patient(items: AsyncIterator[Item], hopeless: Hopeless | None = None) -> AsyncGenerator[Item]:
     """Yield `items` as they come. Raises Lost, with the reason, once it is hopeless to wait for the next one.
 
@@ -23,17 +43,14 @@ async def patient(items: AsyncIterator[Item], hopeless: Hopeless | None = None) 
     waiting: asyncio.Task[object] | None = None
     since, begun, cancelling = 0.0, False, 0
     reason: str | None = None
-    timer: asyncio.TimerHandle | None = None
 
     def look() -> None:
-        nonlocal timer, reason
+        nonlocal reason
         assert hopeless
-        timer = loop.call_later(LOOK_SECONDS, look)
         if waiting and not reason and (reason := hopeless(loop.time() - since, begun)):
             waiting.cancel()
 
-    if hopeless:
-        timer = loop.call_later(LOOK_SECONDS, look)
+    ticker = Ticker(LOOK_SECONDS, look) if hopeless else None
     try:
         while True:
             task = waiting = asyncio.current_task()
@@ -52,6 +69,6 @@ async def patient(items: AsyncIterator[Item], hopeless: Hopeless | None = None) 
             begun = True
             yield item
     finally:
-        if timer:
-            timer.cancel()
+        if ticker:
+            ticker.cancel()
         del items  # or a traceback that somebody keeps would hold the stream

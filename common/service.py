@@ -37,6 +37,7 @@ from common import metrics, tracing
 from common.errors import Cancelled, Internal, PipelineError, StartupError
 from common.log import add_options, log_request, names, set_up
 from common.messages import ALIVE, Answer, EndpointSpec, Failure, Request, TokenMessage
+from common.patience import Ticker
 from common.remote import Remote
 
 import uvloop
@@ -401,7 +402,6 @@ def _alive(send: Callable[[object], None]) -> Iterator[Callable[[object], None]]
     """Send an empty message whenever nothing else was sent for a while."""
     loop = asyncio.get_running_loop()
     sent_at = loop.time()
-    timer: asyncio.TimerHandle | None = None
 
     def send_and_note(message: object) -> None:
         nonlocal sent_at
@@ -409,18 +409,15 @@ def _alive(send: Callable[[object], None]) -> Iterator[Callable[[object], None]]
         send(message)
 
     def beat() -> None:
-        nonlocal timer
-        timer = loop.call_later(ALIVE_SECONDS, beat)
         if loop.time() - sent_at >= ALIVE_SECONDS:
             with suppress(RuntimeError):  # the caller is gone
                 send(ALIVE)
 
+    ticker = Ticker(ALIVE_SECONDS, beat)
     try:
-        timer = loop.call_later(ALIVE_SECONDS, beat)
         yield send_and_note
     finally:
-        if timer:
-            timer.cancel()
+        ticker.cancel()
 
 
 def _too_late(*_: object, **__: object) -> NoReturn:

@@ -248,6 +248,10 @@ class Exchanges:
             attributes = {"http.request.method": scope["method"], "http.response.status_code": exchange.status}
             stage.note(request_id=exchange.request_id, **attributes)
             stage.fail(exchange.error)
+        # Each of these leads back to the exchange: with them all that was asked for, megabytes perhaps, would be kept
+        # until the next garbage collection, which counts objects and not bytes.
+        exchange.error = None
+        del scope["exchange"]
 
     async def _answer(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         started = False

@@ -5,10 +5,12 @@ import itertools
 import json
 import shutil
 import signal
+import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +48,25 @@ def router_workers(cluster: Cluster) -> list[dict[str, Any]]:
     return workers
 
 
-@pytest.fixture
-def mockers(tmp_path: Path) -> Iterator[Pipeline]:
-    """A pipeline with three simulated engines."""
-    pipeline = Pipeline(tmp_path)
+@contextmanager
+def simulated(folder: Path, engines: int, *options: str, router: Sequence[str] = ()) -> Iterator[Pipeline]:
+    """A pipeline with so many simulated engines. options: of each; router: options of that."""
+    pipeline = Pipeline(folder)
     try:
-        start_mockers(pipeline, 3)
-        for program in ("router", "processor", "frontend"):
+        start_mockers(pipeline, engines, *options)
+        pipeline.start("router", *router)
+        for program in ("processor", "frontend"):
             pipeline.start(program)
-        pipeline.wait_for_instances(processor=1, router=1, engine=3)
+        pipeline.wait_for_instances(processor=1, router=1, engine=engines)
         yield pipeline
     finally:
         pipeline.close()
+
+
+@pytest.fixture
+def mockers(tmp_path: Path) -> Iterator[Pipeline]:
+    with simulated(tmp_path, 3) as pipeline:
+        yield pipeline
 
 
 def follow_over_a_bad_network(cluster: Cluster, part_tokens: int) -> list[dict[str, Any]]:
@@ -218,6 +227,45 @@ def test_workers_that_do_not_fit_get_no_requests_and_are_shown(mockers: Pipeline
     assert "has a different tokenizer" in reasons["tokenizer"]
     log = (mockers.folder / "router.log").read_text()
     assert log.count("ERROR") == log.count("gets no requests for pipeline-chat in blocks of 16 tokens") == 2
+
+
+def test_of_more_than_the_engines_can_do_a_part_is_answered_and_the_rest_refused_soon(tmp_path: Path) -> None:
+    ended: list[str] = []  # in their order
+
+    def ask(name: str, priority: int = 0) -> tuple[httpx.Response, float]:
+        began, headers = time.monotonic(), {"x-priority": str(priority)}
+        answer = slow.ask(f"{name} " + "is a long story, " * 200, headers=headers, max_tokens=1)  # 1,000 tokens
+        ended.append(name)
+        return answer, time.monotonic() - began
+
+    def waiting() -> int:
+        with slow.client() as client:
+            count: int = client.get("/workers").json()["routers"][0]["waiting"]
+        return count
+
+    with (
+        simulated(tmp_path, 1, "--mocker-speedup", "0.1", router=("--max-waiting", "4")) as slow,
+        concurrent.futures.ThreadPoolExecutor(32) as pool,
+    ):
+        assert ask("the first, from which the router knows how fast the engine is,")[0].status_code == 200
+        early = [pool.submit(ask, f"early {number}") for number in range(24)]
+        until(lambda: waiting() > 2, "a queue")
+        late = [pool.submit(ask, f"late {number}", priority=1) for number in range(2)]
+        answers = [asked.result() for asked in early]
+        assert [asked.result()[0].status_code for asked in late] == [200, 200]
+        assert waiting() == 0
+        until(lambda: not any(worker["requests"] for worker in router_workers(slow)), "the end of all requests")
+
+    refused = [(answer, seconds) for answer, seconds in answers if answer.status_code != 200]
+    assert 3 < len(refused) < 21
+    assert {answer.status_code for answer, _ in refused} == {503}
+    assert {answer.json()["error"]["code"] for answer, _ in refused} == {"overloaded"}
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer, _ in refused)
+    slowest = max(seconds for answer, seconds in answers if answer.status_code == 200)
+    assert statistics.median(seconds for _, seconds in refused) < slowest / 3
+    answered = {f"early {number}" for number, (answer, _) in enumerate(answers) if answer.status_code == 200}
+    last_of_late = max(ended.index(f"late {number}") for number in range(2))
+    assert answered.intersection(ended[last_of_late:])  # which came before, and had to wait for them
 
 
 def test_events_that_never_come_are_noticed(cluster: Cluster) -> None:

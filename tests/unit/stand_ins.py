@@ -1,7 +1,9 @@
 """What tests make up: models, workers, and Dynamo's client of instances that live in this process."""
 
+import gc
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from common.messages import ModelIdentity, WorkerInfo
@@ -69,3 +71,13 @@ def tree_blocks(index: PrefixIndex, instance_id: int) -> set[int]:
     }
     assert nodes == set(reached.values())
     return set(reached)
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """What goes while the block runs has gone by itself: nothing had to find out that it only holds itself."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -4,9 +4,11 @@ import asyncio
 import json
 import logging
 import re
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from common.engines.ports import free_ports
 from common.errors import (
     Cancelled,
     Internal,
@@ -18,6 +20,8 @@ from common.errors import (
     Unreachable,
 )
 from common.http import event_stream
+from common.http.exchange import Exchange
+from common.http.server import listening
 from common.messages import RouterStatus, WorkerStatus
 from common.openai_api import ChatCompletionChunk, Routing
 from common.openai_request import ChatCompletionRequest
@@ -37,6 +41,7 @@ from tests.unit.door import (
     two_words,
     usage_chunk,
 )
+from tests.unit.stand_ins import without_garbage_collection
 
 import httpx
 import pytest
@@ -725,6 +730,11 @@ async def one_until_stopped(request: ChatCompletionRequest, context: Context) ->
     raise Cancelled("the caller went away")
 
 
+async def breaks_off(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
+    yield first_chunk()
+    raise Internal("oh")
+
+
 async def deaf(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
     yield first_chunk()
     while not context.is_stopped():
@@ -901,6 +911,59 @@ class TestOtherPaths:
         assert door.post().status_code == 200
         assert door.post({**HELLO, "model": "x"}).status_code == 404
         assert (len(stage.requests), len(door.processors.requests)) == (1, 0)
+
+
+class Acquaintances:
+    """Knows the requests that are still in memory."""
+
+    def __init__(self) -> None:
+        self.met: list[weakref.ref[Exchange]] = []
+
+    @property
+    def kept(self) -> list[Exchange]:
+        return [exchange for known in self.met if (exchange := known())]
+
+    def on_start(self, exchange: Exchange) -> None:
+        self.met.append(weakref.ref(exchange))
+
+    def on_first(self, exchange: Exchange) -> None:
+        pass
+
+    on_end = on_first
+
+
+class TestMemory:
+    @pytest.mark.parametrize("body", [HELLO, STREAM], ids=["whole", "streamed"])
+    @pytest.mark.parametrize(
+        "play",
+        [two_words, raises(Overloaded("full")), breaks_off, one_until_stopped],
+        ids=["answered", "refused", "broken off", "hung up on"],
+    )
+    def test_a_request_that_is_over_does_not_wait_for_the_garbage_collector(self, play: Play, body: Any) -> None:
+        acquaintances = Acquaintances()
+        door = Door(play, observers=[acquaintances])
+
+        async def run() -> None:
+            (port,) = free_ports(1)
+            address, open_until = f"http://127.0.0.1:{port}", door.service.stopped
+            async with (
+                listening(door.app, "127.0.0.1", port, open_until),
+                httpx.AsyncClient(base_url=address) as client,
+            ):
+                asking = asyncio.create_task(client.post(CHAT, json=body))
+                if play is one_until_stopped:
+                    while not acquaintances.kept:
+                        await asyncio.sleep(0.01)
+                    asking.cancel()
+                await asyncio.wait([asking])
+                deadline = asyncio.get_running_loop().time() + 10
+                while acquaintances.kept and asyncio.get_running_loop().time() < deadline:
+                    await asyncio.sleep(0.01)
+
+        with without_garbage_collection():
+            asyncio.run(run())
+            assert len(acquaintances.met) == 1
+            assert not acquaintances.kept
 
 
 class TestDocumentation:

@@ -1,11 +1,13 @@
 """A stream is waited for while there is hope, and not a moment longer."""
 
 import asyncio
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from common import patience
 from common.errors import Lost
 from common.patience import patient
+from tests.unit.stand_ins import without_garbage_collection
 
 import pytest
 
@@ -108,3 +110,12 @@ def test_nobody_looks_at_a_stream_that_has_ended() -> None:
         assert before == looks > 0
 
     asyncio.run(run())
+
+
+def test_what_is_over_does_not_wait_for_the_garbage_collector() -> None:
+    hopeless = after(60.0)
+    kept = weakref.ref(hopeless)
+    with without_garbage_collection():
+        assert read(patient(numbers(0, 0.05), hopeless)) == [0, 1]
+        del hopeless
+        assert kept() is None

@@ -5,6 +5,7 @@ import asyncio
 import logging
 import os
 import signal
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from common.errors import Cancelled, Internal, InvalidRequest, PipelineError, St
 from common.log import request_id
 from common.messages import EndpointSpec, Failure, Message, TokenMessage
 from common.service import Service, first_of, parser, run
+from tests.unit.stand_ins import without_garbage_collection
 
 import pytest
 from dynamo.runtime import Context, DistributedRuntime
@@ -217,7 +219,7 @@ class TestTokenMessages:
             handled = scene.endpoint.handler({"text": "?"}, Context(), response_sender=sender)
             assert [item async for item in handled] == []
 
-        play(words, scenario, spec=EndpointSpec("thing", "words", Question, Word))
+        play(words, scenario, spec=EndpointSpec("thing", "words", Question, Word, alive=True))
         return ended
 
     def test_all_of_them_and_the_error_that_ends_them(self) -> None:
@@ -228,6 +230,14 @@ class TestTokenMessages:
 
     def test_a_caller_that_left_ends_the_handler(self) -> None:
         assert self.play(Sender(leaves_after=1))
+
+    def test_what_is_over_does_not_wait_for_the_garbage_collector(self) -> None:
+        sender = Sender()
+        kept = weakref.ref(sender)
+        with without_garbage_collection():
+            assert self.play(sender)
+            del sender
+            assert kept() is None
 
 
 class TestHandlers:

@@ -51,6 +51,7 @@ class Routers:
         self._silent: set[int] = set()  # workers that hang, and whose requests others could take
         self._heard: set[int] = set()  # workers that routers had heard of at the last look
         self._looking: asyncio.Task[None] | None = None
+        self._looked_at = 0.0  # on the loop's clock
 
     @asynccontextmanager
     async def lease(self, wanted: FindWorkerRequest, context: Context) -> AsyncIterator[RoutingDecision]:
@@ -170,12 +171,13 @@ class Routers:
 
     async def is_heard(self, instance_id: int) -> bool:
         """Whether a router has heard of a worker within the last moments."""
-        await asyncio.shield(self._look())
+        await asyncio.shield(self._look(0.0))
         return instance_id in self._heard
 
-    def _look(self) -> asyncio.Task[None]:
-        """Have routers asked how the workers are."""
-        if self._looking is None or self._looking.done():
+    def _look(self, seconds: float = LOOK_SECONDS) -> asyncio.Task[None]:
+        """Have routers asked how the workers are, unless they are being asked, or were less than so long ago."""
+        now = asyncio.get_running_loop().time()
+        if self._looking is None or (self._looking.done() and now - self._looked_at >= seconds):
             self._looking = asyncio.create_task(self._ask_for_workers())
         return self._looking
 
@@ -184,7 +186,7 @@ class Routers:
         self._silent = set[int]().union(*map(silent_workers, answers))
         workers = (worker for answer in answers for worker in answer.workers)
         self._heard = {one.instance_id for one in workers if heard_lately(one)}
-        await asyncio.sleep(LOOK_SECONDS)
+        self._looked_at = asyncio.get_running_loop().time()
 
 
 def heard_lately(worker: WorkerStatus) -> bool:

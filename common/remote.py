@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 IsHeard = Callable[[int], Awaitable[bool]]
 
 ACK_SECONDS = 0.5  # for an instance to take a request, where there is another one: it needs milliseconds
+TRIES = 5  # times as long for one that is heard of
 SUSPECT_SECONDS = 2.0  # that one is asked last which did not
 
 
@@ -56,11 +57,13 @@ async def linked(context: Context, number: int) -> AsyncIterator[Context]:
 
 async def _taken(taking: Awaitable[Any], seconds: float | None, is_heard: Callable[[], Awaitable[bool]] | None) -> Any:
     """The stream of a request, once it was taken. Raises TimeoutError if it is not in time and whoever should take it
-    is not heard of: one with much to do may only be slow."""
+    is not heard of, or after TRIES times as long: one with much to do may only be slow."""
     task = asyncio.ensure_future(taking)
     try:
+        tries = TRIES if is_heard else 1
         while not (await asyncio.wait([task], timeout=seconds))[0]:
-            if not (is_heard and await is_heard()):
+            tries -= 1
+            if not (is_heard and tries and await is_heard()):
                 raise TimeoutError
         return task.result()
     finally:

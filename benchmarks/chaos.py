@@ -123,7 +123,7 @@ class Chaos:
                 await self._happen(fault)
         await asyncio.gather(*clients)
         last = time.monotonic()
-        await self._until_calm()
+        await self._until_calm(result.fault)
         result.calm = time.monotonic() - last
         return result
 
@@ -207,7 +207,7 @@ class Chaos:
         if outcome.tokens != self._args.tokens:
             raise ValueError(f"{outcome.tokens} tokens came of {self._args.tokens}")
 
-    async def _until_calm(self) -> None:
+    async def _until_calm(self, fault: str) -> None:
         """Return once as many instances are there as in the beginning, and no router counts a request in progress.
         Raises SystemExit if that takes too long."""
         deadline = time.monotonic() + CALM_SECONDS
@@ -217,7 +217,7 @@ class Chaos:
             if health.get("status") == "healthy" and health["instances"] == self._instances and busy == 0:
                 return
             if time.monotonic() > deadline:
-                raise SystemExit(f"{CALM_SECONDS:g} s later: {json.dumps(health)}, {busy} requests in progress")
+                raise SystemExit(f"{CALM_SECONDS:g} s after {fault}: {json.dumps(health)}, {busy} requests in progress")
             await asyncio.sleep(0.1)
 
     async def _health(self) -> dict[str, Any]:

@@ -25,10 +25,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import add_parts, count, factor, parts
+from benchmarks.measure import machine
 from benchmarks.picture import draw_chaos
 from benchmarks.pipeline import REPOSITORY, Pipeline, family, launched, open_many_files
+from benchmarks.replay import session
 from benchmarks.report import table
-from benchmarks.routing import count, factor, machine
 
 import aiohttp
 import psutil
@@ -97,9 +99,7 @@ class Chaos:
 
     async def run(self) -> list[Result]:
         """Every fault, after a run in which nothing happens."""
-        connector, limit = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None, sock_read=SILENCE_SECONDS)
-        async with aiohttp.ClientSession(self._pipeline.address, connector=connector, timeout=limit) as session:
-            self._session = session
+        async with session(self._pipeline.address, SILENCE_SECONDS) as self._session:
             self._instances = (await self._health())["instances"]
             calm = await self._fault("nothing")
             self._expected = {outcome.prompt: outcome.text for outcome in calm.outcomes}
@@ -262,8 +262,7 @@ def report(args: argparse.Namespace, results: Sequence[Result]) -> str:
 
 
 def run(args: argparse.Namespace) -> list[Result]:
-    options = ["--backend", args.backend, "--engines", str(args.engines), "--processors", str(args.processors)]
-    options += ["--routers", str(args.routers), "--frontends", str(args.frontends)]
+    options = ["--backend", args.backend, *parts(args)]
     if args.backend == "mocker":
         options += ["--mocker-speedup", str(args.speedup)]
     total = args.requests * (1 + len(args.faults))
@@ -313,10 +312,7 @@ def arguments() -> argparse.Namespace:
     add("--backend", choices=["sglang", "mocker"], default="mocker")
     add("--faults", type=fault, nargs="+", metavar="FAULT", help="some of: " + ", ".join(f'"{one}"' for one in FAULTS))
     add("--short", action="store_true", help="four faults, fewer requests: two minutes")
-    add("--engines", type=count, default=3)
-    add("--routers", type=count, default=2)
-    add("--processors", type=count, default=2)
-    add("--frontends", type=count, default=2)
+    add_parts(parser, engines=3)
     add("--clients", type=count, default=32, help="that ask at once")
     add("--requests", type=count, default=400, help="for each fault")
     add("--prompts", type=count, default=50, help="different ones among them")

@@ -2,10 +2,13 @@
 
 import math
 import os
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.replay import Outcome
 from benchmarks.work import Work
@@ -82,6 +85,15 @@ class CpuMeter:
         times = psutil.cpu_times()
         idle = times.idle + getattr(times, "iowait", 0.0) + getattr(times, "guest", 0.0)
         return time.perf_counter(), self._cpu_seconds(), time.process_time(), sum(times) - idle
+
+
+def machine() -> dict[str, object]:
+    """What the benchmark ran on."""
+    model = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), model)
+    return {"cores": os.cpu_count(), "cpu": model, "system": platform.system(), "python": platform.python_version()}
 
 
 def summarize(

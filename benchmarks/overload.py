@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from random import Random
 
+from benchmarks.arguments import factor
 from benchmarks.measure import percentile
 from benchmarks.pipeline import REPOSITORY, launched, open_many_files, simulated_model
 from benchmarks.prompts import Prompts
@@ -51,8 +52,7 @@ def planned(prompts: Prompts, rate: float, seconds: float, random: Random) -> li
     """Requests that come at random times, with prompts that have nothing in common."""
     plan, due = list[Planned](), 0.0
     while (due := due + random.expovariate(rate)) < seconds:
-        request = TraceRequest(due, ((next(PIECE), random.randint(*TOKENS)),), ANSWER_TOKENS)
-        plan.append(Planned(due, prompts.body(request), prompts.tokens(request), ANSWER_TOKENS))
+        plan.append(prompts.planned(TraceRequest(due, ((next(PIECE), random.randint(*TOKENS)),), ANSWER_TOKENS)))
     return plan
 
 
@@ -135,8 +135,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.overload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--times", type=float, nargs="+", default=[0.5, 0.9, 3, 10], help="the engines' capacity")
-    parser.add_argument("--seconds", type=float, default=12.0, help="that requests come at each rate")
+    parser.add_argument("--times", type=factor, nargs="+", default=[0.5, 0.9, 3, 10], help="the engines' capacity")
+    parser.add_argument("--seconds", type=factor, default=12.0, help="that requests come at each rate")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "build" / "benchmarks", help="folder")
     return parser.parse_args()
 

@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from functools import lru_cache
 
+from benchmarks.replay import Planned
 from benchmarks.trace import TraceRequest
 from common.openai_request import ChatMessage
 from common.text.chat_model import ChatModel
@@ -37,6 +38,10 @@ class Prompts:
                 "stream_options": {"include_usage": True},
             }
         )
+
+    def planned(self, request: TraceRequest) -> Planned:
+        """A request that is ready to be sent."""
+        return Planned(request.arrival, self.body(request), self.tokens(request), request.output_tokens)
 
     def text(self, request: TraceRequest) -> str:
         """The prompt itself."""

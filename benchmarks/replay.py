@@ -56,10 +56,10 @@ class WrongLength(Exception):
     """A prompt or an answer had another length than was asked for, so the replay measures something else."""
 
 
-def session() -> aiohttp.ClientSession:
-    """A client that never waits for one of its own connections."""
-    timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_SECONDS)
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+def session(address: str | None = None, silence_seconds: float = SILENCE_SECONDS) -> aiohttp.ClientSession:
+    """A client that never waits for one of its own connections. address: what paths are relative to."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=silence_seconds)
+    return aiohttp.ClientSession(address, connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
 
 
 async def replay(address: str, plan: Sequence[Planned], progress: "tqdm[NoReturn]") -> list[Outcome]:

@@ -8,15 +8,12 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
-import platform
 import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +21,9 @@ from typing import NoReturn
 
 from benchmarks import report
 from benchmarks.agreement import agreement_table, cached_seconds, disagreements, simulated
+from benchmarks.arguments import count, factor
 from benchmarks.cluster import Figures
-from benchmarks.measure import TRUSTED_OTHERS, CpuMeter, Load, Run, summarize
+from benchmarks.measure import TRUSTED_OTHERS, CpuMeter, Load, Run, machine, summarize
 from benchmarks.picture import draw
 from benchmarks.pipeline import REPOSITORY, VARIANTS, Pipeline, Setting, running, simulated_model
 from benchmarks.prompts import Prompts
@@ -106,14 +104,10 @@ class Benchmark:
         return Workload(
             load=load,
             trace=trace,
-            plan=[self._planned(request) for request in trace],
-            warm_up=self._planned(warm_up),
+            plan=list(map(self._prompts.planned, trace)),
+            warm_up=self._prompts.planned(warm_up),
             figures=simulated([self._prompts.wrapped(request) for request in trace], self._setting),
         )
-
-    def _planned(self, request: TraceRequest) -> Planned:
-        prompts = self._prompts
-        return Planned(request.arrival, prompts.body(request), prompts.tokens(request), request.output_tokens)
 
     def run(self, policy: str, turn: int, workload: Workload, progress: "tqdm[NoReturn]") -> Run:
         progress.reset()
@@ -254,32 +248,11 @@ def write(args: argparse.Namespace, done: Sequence[tuple[Workload, Sequence[Run]
     draw({title: report.by_policy(runs) for title, runs in titles.items()}, args.output / "routing.png")
 
 
-def count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
-
-
-def factor(text: str) -> float:
-    if not 0 < (value := float(text)) < float("inf"):
-        raise ValueError
-    return value
-
-
 def policies(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if unknown := set(names) - set(NAMES):
         raise argparse.ArgumentTypeError(f"no such policy: {', '.join(unknown)}; there are {', '.join(NAMES)}")
     return names
-
-
-def machine() -> dict[str, object]:
-    """What the benchmark ran on."""
-    model = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), model)
-    return {"cores": os.cpu_count(), "cpu": model, "system": platform.system(), "python": platform.python_version()}
 
 
 def arguments() -> argparse.Namespace:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import reference
+from benchmarks.arguments import factor
 from benchmarks.bounds import Bounds, bounds
 from benchmarks.cluster import Conditions, Figures, simulate
 from benchmarks.picture import draw_bars
@@ -221,12 +222,6 @@ def draw(comparisons: Sequence[Comparison], file: Path) -> None:
         owners["bound"].append(statistics.mean(one.bounds.ttft_mean / one.figures["dynamo"].ttft_mean for one in here))
     title = "mean time to the first token, over that of Dynamo's default router, in virtual time"
     draw_bars(names, owners, title, file)
-
-
-def factor(text: str) -> float:
-    if not 0 < (value := float(text)) < float("inf"):
-        raise ValueError
-    return value
 
 
 def arguments() -> argparse.Namespace:

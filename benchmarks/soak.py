@@ -26,9 +26,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from benchmarks.arguments import add_parts, count, factor, parts
+from benchmarks.measure import machine
 from benchmarks.pipeline import REPOSITORY, Pipeline, family, launched, open_many_files
+from benchmarks.replay import session
 from benchmarks.report import table
-from benchmarks.routing import count, factor, machine
 
 import aiohttp
 import psutil
@@ -106,8 +108,7 @@ class Soak:
 
     async def run(self) -> list[str]:
         """Ask everything. Returns what is left over at the end."""
-        connector, limit = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None, sock_read=SILENCE_SECONDS)
-        async with aiohttp.ClientSession(self._address, connector=connector, timeout=limit) as self._session:
+        async with session(self._address, SILENCE_SECONDS) as self._session:
             began = time.monotonic()
             watching = asyncio.create_task(self._watch())
             await asyncio.gather(*(self._client() for _ in range(self._args.clients)))
@@ -264,8 +265,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     open_many_files()
     options = ["--backend", "mocker", "--mocker-speedup", str(args.speedup), "--mocker-blocks", str(args.blocks)]
-    for name in ("engines", "routers", "processors", "frontends"):
-        options += [f"--{name}", str(getattr(args, name))]
+    options += parts(args)
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
         launched(options, log := Path(folder) / "launch.log") as pipeline,
@@ -298,10 +298,7 @@ def arguments() -> argparse.Namespace:
     add("--clients", type=count, default=32, help="that ask at once")
     add("--hang-ups", type=float, default=0.04, help="share of the requests whose client does not wait for the end")
     add("--kills", type=int, default=3, help="times that an engine is killed")
-    add("--engines", type=count, default=2)
-    add("--routers", type=count, default=2)
-    add("--processors", type=count, default=2)
-    add("--frontends", type=count, default=2)
+    add_parts(parser, engines=2)
     add("--blocks", type=count, default=1024, help="of KV cache, for each engine")
     add("--speedup", type=factor, default=20.0, help="of simulated engines, over a GPU")
     add("--seed", type=int, default=0)

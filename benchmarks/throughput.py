@@ -32,9 +32,10 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from benchmarks.arguments import count, factor
 from benchmarks.comparison import BETWEEN, FIRST, OURS, RATES, THEIRS, Comparison, Point, Result, Turn
 from benchmarks.load import BODY, Load, Measured
-from benchmarks.measure import CpuMeter
+from benchmarks.measure import CpuMeter, machine
 from benchmarks.parts import Parts
 from benchmarks.picture import draw_pairs
 from benchmarks.pipeline import (
@@ -46,7 +47,6 @@ from benchmarks.pipeline import (
     simulated_model,
 )
 from benchmarks.prompts import Prompts
-from benchmarks.routing import count, factor, machine
 from benchmarks.trace import TraceRequest
 from common.engines.die_with_parent import die_with
 from common.engines.mocker_engine import CARD_NAME

@@ -25,10 +25,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from benchmarks.arguments import count, factor
 from benchmarks.comparison import FRONTS, Point, Result
 from benchmarks.parts import Parts
 from benchmarks.report import number, ratios, table
-from benchmarks.routing import count, factor
 from benchmarks.throughput import ENGINES, ENGINES_OF, Benchmark, Side, load, ours
 from common.engines.ports import free_ports
 

@@ -1,8 +1,8 @@
 """Waiting for a stream for as long as there is hope that it goes on."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Generic, TypeVar
 
 from common.errors import Lost
 
@@ -12,6 +12,29 @@ LOOK_SECONDS = 0.25  # between looks at a stream that is waited for
 
 # From seconds of silence, and whether anything has come before, to why it is no use to wait on; None: it is.
 Hopeless = Callable[[float, bool], str | None]
+
+
+class Asked(Generic[Item]):
+    """The answer to a question that many have: asked once for all who want to know, and again only if it is older than
+    they like."""
+
+    def __init__(self, ask: Callable[[], Awaitable[Item]]) -> None:
+        self._ask = ask
+        self._asking: asyncio.Task[Item] | None = None
+        self._answered_at = 0.0  # on the loop's clock
+
+    def within(self, seconds: float) -> asyncio.Task[Item]:
+        """What is being asked, or was answered less than so long ago; else it is asked now. Wait for it with `shield`:
+        others may do so too."""
+        now = asyncio.get_running_loop().time()
+        if self._asking is None or (self._asking.done() and now - self._answered_at >= seconds):
+            self._asking = asyncio.create_task(self._answer())
+        return self._asking
+
+    async def _answer(self) -> Item:
+        answer = await self._ask()
+        self._answered_at = asyncio.get_running_loop().time()
+        return answer
 
 
 class Ticker:

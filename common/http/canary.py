@@ -8,6 +8,7 @@ from typing import Any
 from common.errors import PipelineError
 from common.http.processors import Processors
 from common.openai_request import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from common.patience import Asked
 from common.remote import Remote
 
 from dynamo.runtime import Context
@@ -25,20 +26,15 @@ class Canary:
         self._processors = processors
         self._remote = stage or complete
         self._stage = stage is not None
-        self._asking: asyncio.Task[list[str]] | None = None
-        self._asked = 0.0  # when that was over, on the loop's clock
+        self._asked = Asked(self._ask_all)
 
     async def faults(self) -> list[str]:
         """What is wrong, model by model; nothing if every one that is served has answered."""
-        now = asyncio.get_running_loop().time
-        if self._asking is None or (self._asking.done() and now() > self._asked + FRESH_SECONDS):
-            self._asking = asyncio.create_task(self._ask_all())
-        return await asyncio.shield(self._asking)
+        return await asyncio.shield(self._asked.within(FRESH_SECONDS))
 
     async def _ask_all(self) -> list[str]:
         names = [card.id for card in await self._processors.models()]
         found = await asyncio.gather(*map(self._ask, names))
-        self._asked = asyncio.get_running_loop().time()
         return [fault for fault in found if fault] if names else ["no processor is running"]
 
     async def _ask(self, model: str) -> str | None:

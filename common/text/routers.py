@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextman
 from common import tracing
 from common.errors import Cancelled, Internal, PipelineError, Unavailable, Unreachable
 from common.messages import FindWorkerRequest, RouterStatus, RoutingDecision, WorkersRequest, WorkerStatus
-from common.patience import Hopeless
+from common.patience import Asked, Hopeless
 from common.remote import Remote
 from common.text.limits import Limits
 
@@ -44,14 +44,13 @@ class Routers:
         self._instance_ids = instance_ids
         self._limits = limits
         self._answered: dict[int, float] = {}  # by router, when it last answered anything, on the loop's clock
-        self._asking: dict[int, asyncio.Task[None]] = {}  # by router, whether it is there
+        self._there: dict[int, Asked[None]] = {}  # by router, whether it is
         self._known: dict[int, RoutingDecision] = {}  # by worker, the last decision for it
         self._requests = Counter[int]()  # by worker, those in progress there of which no router knows
         self._alone = False  # whether the log knows that no router answers
         self._silent: set[int] = set()  # workers that hang, and whose requests others could take
         self._heard: set[int] = set()  # workers that routers had heard of at the last look
-        self._looking: asyncio.Task[None] | None = None
-        self._looked_at = 0.0  # on the loop's clock
+        self._look = Asked(self._ask_for_workers)
 
     @asynccontextmanager
     async def lease(self, wanted: FindWorkerRequest, context: Context) -> AsyncIterator[RoutingDecision]:
@@ -122,8 +121,7 @@ class Routers:
                     await self._status.call(WorkersRequest(), router_id)
                     self._answered[router_id] = asyncio.get_running_loop().time()
 
-        if router_id not in self._asking or self._asking[router_id].done():
-            self._asking[router_id] = asyncio.create_task(ask())
+        self._there.setdefault(router_id, Asked(ask)).within(0.0)
 
     def _by_load(self, wanted: FindWorkerRequest) -> RoutingDecision | None:
         """The known worker with the fewest requests of ours; the one of another answer to the prompt, if there is."""
@@ -164,29 +162,22 @@ class Routers:
                 return None
             if instance_id not in self._instance_ids():  # one that drains has left too, but is not silent
                 return f"it is no longer registered, and has said nothing for {silence:.0f} s"
-            self._look()
+            self._look.within(LOOK_SECONDS)
             return "it hangs, by what a router knows" if instance_id in self._silent else None
 
         return reason
 
     async def is_heard(self, instance_id: int) -> bool:
         """Whether a router has heard of a worker within the last moments."""
-        await asyncio.shield(self._look(0.0))
+        await asyncio.shield(self._look.within(0.0))
         return instance_id in self._heard
 
-    def _look(self, seconds: float = LOOK_SECONDS) -> asyncio.Task[None]:
-        """Have routers asked how the workers are, unless they are being asked, or were less than so long ago."""
-        now = asyncio.get_running_loop().time()
-        if self._looking is None or (self._looking.done() and now - self._looked_at >= seconds):
-            self._looking = asyncio.create_task(self._ask_for_workers())
-        return self._looking
-
     async def _ask_for_workers(self) -> None:
+        """How the workers are, by what routers know."""
         answers = await self._status.ask_all(WorkersRequest(), LOOK_SECONDS)
         self._silent = set[int]().union(*map(silent_workers, answers))
         workers = (worker for answer in answers for worker in answer.workers)
         self._heard = {one.instance_id for one in workers if heard_lately(one)}
-        self._looked_at = asyncio.get_running_loop().time()
 
 
 def heard_lately(worker: WorkerStatus) -> bool:

@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 class Chooser(Protocol):
     """Chooses a worker, and counts the prompt as its load for as long as the block runs."""
 
-    def lease(self, candidates: Sequence[Candidate]) -> AbstractAsyncContextManager[Candidate]: ...
+    def lease(self, pool: Sequence[Candidate], best: Candidate | None, /) -> AbstractAsyncContextManager[Candidate]: ...
 
 
 class Router:
@@ -94,19 +94,19 @@ class Router:
         began = self._metrics.on_asked()
         prompt = Prompt(sequence_hashes(request.local_hashes), request.tokens / request.model.block_size)
         find = partial(self._fleet.candidates, request, prompt)
-        candidates, waited = await self._queues.of(request.model).turn(request, find, context.is_stopped)
-        watch = self._watches[request.model.name]
+        turn = await self._queues.of(request.model).turn(request, find, context.is_stopped)
+        candidates, watch = turn.candidates, self._watches[request.model.name]
         found = any(candidate.overlap_blocks for candidate in candidates)
         watch.on_asked(prompt, found, [candidate.worker for candidate in candidates])
         request_id = request.request_id or context.id()
         tell = self._feed.teller(request_id)
         costs = [candidate.explained for candidate in candidates] if tell or request.explain else []
-        async with self._chooser.lease(candidates) as best:
+        async with self._chooser.lease(candidates, turn.best) as best:
             for cost, candidate in zip(costs, candidates, strict=False):
                 cost.cost = candidate.cost
             if tell:
                 tell(self._decided(best, costs))
-            self._metrics.on_decided(candidates, best, began + waited)
+            self._metrics.on_decided(candidates, best, began + turn.seconds)
             self._fleet.remember(request, best.worker.instance_id)
             log_request(
                 log,
@@ -115,7 +115,7 @@ class Router:
                 worker=best.worker.name,
                 prompt_blocks=round(prompt.blocks, 1),
                 overlap_blocks=best.overlap_blocks,
-                waited_ms=round(1000 * waited, 1) or None,
+                waited_ms=round(1000 * turn.seconds, 1) or None,
             )
             yield best.decision(costs if request.explain else ())
             await first_of(context.async_killed_or_stopped(), self._stopped())

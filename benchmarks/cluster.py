@@ -138,22 +138,22 @@ class Router:
             model=self._model, local_hashes=request.local_hashes, tokens=request.tokens, excluded=[]
         )
         find = partial(self.fleet.candidates, asked, request.prompt)
-        candidates = find()
-        if waiting := self._queue.admit(asked, find, candidates):
-            self._waiting[waiting] = request
+        waiting = self._queue.admit(asked, find)
+        if waiting.candidates:
+            yield request, self._take(request, waiting)
         else:
-            yield request, self._take(request, candidates)
+            self._waiting[waiting] = request
         yield from self.take()
 
     def take(self) -> Iterator[tuple[Request, int]]:
         """Yield the requests whose turn it is, and the workers that they go to."""
         while waiting := self._queue.next():
             request = self._waiting.pop(waiting)
-            yield request, self._take(request, waiting.find())
+            yield request, self._take(request, waiting)
 
-    def _take(self, request: Request, candidates: Sequence[Candidate]) -> int:
+    def _take(self, request: Request, waiting: Waiting) -> int:
         """Count a request as load on the worker that is chosen for it."""
-        best = self._choose(candidates)
+        best = waiting.best or self._choose(waiting.candidates)
         lease = self._leases[request] = ExitStack()
         lease.enter_context(best.worker.lease(best.prompt, best.overlap_blocks))
         return best.worker.instance_id

@@ -47,7 +47,7 @@ class DynamoPolicy:
         self._changing = asyncio.Lock()
 
     @asynccontextmanager
-    async def lease(self, candidates: Sequence[Candidate]) -> AsyncIterator[Candidate]:
+    async def lease(self, candidates: Sequence[Candidate], best: Candidate | None = None) -> AsyncIterator[Candidate]:
         """The worker that Dynamo chooses, and its load until the block ends, in Dynamo's books and in ours.
 
         Raises Unavailable if no candidate announces its KV events.

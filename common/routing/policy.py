@@ -165,9 +165,9 @@ class LowestCost:
         self._choose = choose
 
     @asynccontextmanager
-    async def lease(self, candidates: Sequence[Candidate]) -> AsyncIterator[Candidate]:
-        """Choose one, and count the prompt as load on it for as long as the block runs."""
-        best = self._choose(candidates)
+    async def lease(self, candidates: Sequence[Candidate], best: Candidate | None = None) -> AsyncIterator[Candidate]:
+        """Choose one, unless the best is known, and count the prompt as load on it for as long as the block runs."""
+        best = best or self._choose(candidates)
         with best.worker.lease(best.prompt, best.overlap_blocks):
             yield best
 

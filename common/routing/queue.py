@@ -56,14 +56,18 @@ class QueueOptions:
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """A prompt in a queue."""
+    """A prompt that came to a queue."""
 
     request: FindWorkerRequest
     find: Callable[[], Sequence[Candidate]]
     is_over: Callable[[], bool]
-    blocks: float  # to compute
     since: float  # on the queue's clock
-    order: tuple[float, float]  # what is less goes first
+    blocks: float = 0.0  # to compute
+    order: tuple[float, float] = (0.0, 0.0)  # what is less goes first
+    # Once it has its turn: among whom, and the best of them, if the queue looked for it.
+    candidates: Sequence[Candidate] = ()
+    best: Candidate | None = None
+    seconds: float = 0.0  # that it has waited
     turn: asyncio.Future[None] | None = None
 
 
@@ -112,15 +116,15 @@ class Queue:
 
     async def turn(
         self, request: FindWorkerRequest, find: Callable[[], Sequence[Candidate]], is_over: Callable[[], bool]
-    ) -> tuple[Sequence[Candidate], float]:
-        """Return when it is time to choose: among whom, and how many seconds that has taken.
+    ) -> Waiting:
+        """Return the prompt when it has its turn.
 
         find: who may take the prompt; is_over: whether nobody waits for it any more. Raises Overloaded if it would wait
         too long, Cancelled if it is over first, and what `find` raises.
         """
-        candidates = find()
-        if not (waiting := self.admit(request, find, candidates, is_over)):
-            return candidates, 0.0
+        waiting = self.admit(request, find, is_over)
+        if waiting.candidates:
+            return waiting
         waiting.turn = asyncio.get_running_loop().create_future()
         if not self._serving or self._serving.done():
             self._serving = asyncio.create_task(self._serve())
@@ -128,7 +132,8 @@ class Queue:
             await waiting.turn
         finally:
             self._remove(waiting)
-        return find(), self._clock() - waiting.since
+        waiting.seconds = self._clock() - waiting.since
+        return waiting
 
     async def _serve(self) -> None:
         """Give turns as long as somebody waits."""
@@ -137,34 +142,37 @@ class Queue:
             if self._clock() >= sweep_at:
                 sweep_at += SWEEP_SECONDS
                 self._sweep()
-            if (waiting := self.next()) and waiting.turn and not waiting.turn.done():
-                waiting.turn.set_result(None)
+            waiting = self.next()
             await asyncio.sleep(0 if waiting else POLL_SECONDS)  # with 0, whoever has its turn now chooses first
 
     def admit(
         self,
         request: FindWorkerRequest,
         find: Callable[[], Sequence[Candidate]],
-        candidates: Sequence[Candidate],
         is_over: Callable[[], bool] = lambda: False,
-    ) -> Waiting | None:
-        """Put a prompt into the queue; None if it need not wait. Raises Overloaded if it would wait too long."""
+    ) -> Waiting:
+        """Give a prompt its turn, or else put it into the queue. Raises Overloaded if it would wait too long there, and
+        what `find` raises."""
+        candidates, now = find(), self._clock()
+        waiting = Waiting(request, find, is_over, since=now)
         if not self._options.queue_tokens or request.begun:
-            return None
-        if not self._line and self._may_go(candidates):
-            return None
-        now, ageing = self._clock(), AGEING / request.model.block_size
-        blocks = min(candidate.prompt.blocks - candidate.expected_blocks for candidate in candidates)
+            waiting.candidates = candidates
+        elif self._line or not self._may_go(waiting, candidates):
+            self._line_up(waiting, candidates)
+        return waiting
+
+    def _line_up(self, waiting: Waiting, candidates: Sequence[Candidate]) -> None:
+        request, ageing = waiting.request, AGEING / waiting.request.model.block_size
         self._check(request, candidates)
+        waiting.blocks = min(candidate.prompt.blocks - candidate.expected_blocks for candidate in candidates)
         # In the second half of the time that it may wait, nobody comes before it who was not there before.
         session = self._sessions.get(request.session or "", 0.0)
-        length = min(session + blocks, ageing * self._options.max_waiting / 2)
-        waiting = Waiting(request, find, is_over, blocks, now, (-request.priority, length + ageing * now))
+        length = min(session + waiting.blocks, ageing * self._options.max_waiting / 2)
+        waiting.order = -request.priority, length + ageing * waiting.since
         if request.session:
-            self._sessions[request.session] = session + blocks
+            self._sessions[request.session] = session + waiting.blocks
         insort(self._line, waiting, key=lambda one: one.order)
         self._stuck.clear()
-        return waiting
 
     def _check(self, request: FindWorkerRequest, candidates: Sequence[Candidate]) -> None:
         """Raises Overloaded if what waits already takes the workers half of the time that a prompt may wait: in the
@@ -194,16 +202,24 @@ class Queue:
         return None
 
     def _is_next(self, waiting: Waiting) -> bool:
+        turn = waiting.turn
         try:
-            return self._may_go(waiting.find())
-        except Exception:  # it will find out itself
+            if not self._may_go(waiting, waiting.find()):
+                return False
+        except Exception as error:
+            if turn and not turn.done():
+                turn.set_exception(error)
             return True
+        if turn and not turn.done():
+            turn.set_result(None)
+        return True
 
-    def _may_go(self, candidates: Sequence[Candidate]) -> bool:
-        """Whether the best of the candidates has room."""
-        if all(self._has_room(candidate.worker) for candidate in candidates):
-            return True
-        return self._has_room(self._choose(candidates).worker)
+    def _may_go(self, waiting: Waiting, candidates: Sequence[Candidate]) -> bool:
+        """Whether the best of the candidates has room, which then is the prompt's."""
+        best = self._choose(candidates)
+        if self._has_room(best.worker):
+            waiting.candidates, waiting.best = candidates, best
+        return waiting.best is not None
 
     def _has_room(self, worker: Worker) -> bool:
         """Whether a worker has little to compute, or its events do not tell."""

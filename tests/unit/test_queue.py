@@ -49,9 +49,9 @@ class Scene:
     def come(self, name: str, blocks: int, **fields: Any) -> bool:
         """Whether a prompt has to wait that comes now."""
         request, find = self.prompt(blocks, **fields)
-        if waiting := self.queue.admit(request, find, find()):
-            self.names[waiting] = name
-        return waiting is not None
+        waiting = self.queue.admit(request, find)
+        self.names[waiting] = name
+        return not waiting.candidates
 
     def next(self) -> str | None:
         """Whose turn it is."""
@@ -110,8 +110,8 @@ class TestTurns:
         hashes = find()[0].prompt.sequence_hashes
         cached = ExitStack()
         cached.enter_context(scene.fleet.workers[1].lease(Prompt(hashes, 40), 40))
-        waiting = scene.queue.admit(request, find, find())
-        assert waiting
+        waiting = scene.queue.admit(request, find)
+        assert not waiting.candidates
         assert scene.queue.next() is None
         scene.store(1, lease, 5)
         assert scene.queue.next() is waiting
@@ -285,9 +285,10 @@ class TestWaiting:
 
             async def go(blocks: int) -> None:
                 request, find = scene.prompt(blocks)
-                candidates, waited = await scene.queue.turn(request, find, lambda: False)
-                assert waited == scene.now - 1000
-                chosen.append((blocks, candidates[0].worker.prefill_blocks))
+                turn = await scene.queue.turn(request, find, lambda: False)
+                assert turn.seconds == scene.now - 1000
+                assert turn.best is turn.candidates[0]
+                chosen.append((blocks, turn.best.worker.prefill_blocks))
                 scene.work(1, blocks)
 
             first = scene.work(1, 50)

@@ -58,12 +58,13 @@ def read_keys(file: str) -> list[str]:
         lines = [line.strip() for line in Path(file).read_bytes().decode("latin-1").split("\n")]
     except OSError as error:
         raise StartupError(f"cannot read the API keys in {file} (--api-keys-file): {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
-        if line and not line.startswith("#") and not _KEY.fullmatch(line):
+    keys = {number: line for number, line in enumerate(lines, 1) if line and not line.startswith("#")}
+    for number, key in keys.items():
+        if not _KEY.fullmatch(key):
             raise StartupError(f"line {number} of {file} is no API key: those are printable ASCII without spaces")
-    if not (keys := [line for line in lines if line and not line.startswith("#")]):
+    if not keys:
         raise StartupError(f"{file} has no API keys (--api-keys-file): write one into each line")
-    return keys
+    return list(keys.values())
 
 
 class _Keys:

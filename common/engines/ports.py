@@ -1,11 +1,17 @@
 """TCP ports for the sockets of a process that does not take "any free port" for an answer."""
 
+import errno
+import random
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 LOCAL = ("127.0.0.1", "localhost")
+# Below those that kernels give to whoever asks for any port, as every client does that connects to somewhere: a port
+# from among these is still free when a server comes to it seconds later.
+PORTS = range(20_000, 32_000)
+TRIES = 1000
 
 
 def loopback(address: str) -> str:
@@ -26,19 +32,26 @@ def port_of(address: str) -> int:
 
 @contextmanager
 def reserved(count: int) -> Iterator[list[int]]:
-    """`count` free ports, given to nobody else while the block runs.
+    """`count` free ports, which nobody else can reserve while the block runs. Raises OSError if there are none.
 
-    They are bound, not listened on, with SO_REUSEADDR: so a server that sets it too, as ZMQ does, can listen on them
-    already, while the kernel hands them to no one who asks for any port.
+    They are bound, not listened on, and have SO_REUSEADDR since then: so a server that sets it too, as ZMQ does, can
+    listen on them already.
     """
     with ExitStack() as stack:
-        ports = []
-        for _ in range(count):
-            holder = stack.enter_context(socket.socket())
+        yield [_bind_any(stack.enter_context(socket.socket())) for _ in range(count)]
+
+
+def _bind_any(holder: socket.socket) -> int:
+    for port in random.SystemRandom().choices(PORTS, k=TRIES):
+        try:
+            holder.bind(("", port))
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
+        else:
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            holder.bind(("", 0))
-            ports.append(holder.getsockname()[1])
-        yield ports
+            return port
+    raise OSError(errno.EADDRINUSE, f"no port of {PORTS.start} to {PORTS.stop - 1} is free")
 
 
 def free_ports(count: int) -> list[int]:

@@ -126,6 +126,17 @@ class Cluster:
     def wait_for_instances(self, **wanted: int) -> None:
         until(lambda: self.instances().items() >= wanted.items(), f"{wanted}, in {self.folder}")
 
+    def workers(self) -> list[list[dict[str, Any]]]:
+        """What each router knows of the workers; nothing while no router answers."""
+        with self.client() as client:
+            return [router["workers"] for router in client.get("/workers").json().get("routers", [])]
+
+    def heard_of(self, worker_id: str) -> bool:
+        """Whether every router has had a report or a KV event from a worker."""
+        known = self.workers()
+        workers = [worker for router in known for worker in router if worker["worker_id"] == worker_id]
+        return 0 < len(known) == sum(worker["heard_seconds"] is not None for worker in workers)
+
     def close(self) -> None:
         for process in reversed(self.processes):
             process.close()
@@ -191,7 +202,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
         for number in ("0", "1"):
             pipeline.start("engine", "--worker-id", number, "--register-model", name=f"engine-{number}")
         for program in ("router", "processor", "frontend"):
-            pipeline.start(program)
+            pipeline.start(program, "--log-level", "debug")  # a line about every request, however many there are
         pipeline.wait_for_instances(processor=1, router=1, engine=2)
         pipeline.run("observer", sys.executable, "-m", "tests.system.observe").wait_for('"worker"', 2)
         yield pipeline

@@ -226,6 +226,7 @@ def test_health_is_what_becomes_of_a_request(bare: Pipeline) -> None:
 
     until(lambda: status("/health/ready") == (200, ""), "a token")
     assert status("/health") == (200, "")
+    until(lambda: bare.heard_of("one"), "its first report")  # without any it may be one that reports nothing
     engine.signal(signal.SIGSTOP)
     try:
         until(lambda: status("/health/ready") == (503, f"{bare.model} has made no token in 5 s"), "silence")

@@ -14,7 +14,7 @@ from common.model import DEFAULT_MODEL
 from common.routing import policy
 from common.routing.policy import Candidate, Weights, choose
 from common.routing.worker import Prompt, Worker
-from tests.system.conftest import REPOSITORY, Pipeline
+from tests.system.conftest import REPOSITORY, Pipeline, until
 
 import pytest
 from openai import OpenAI
@@ -123,9 +123,8 @@ def test_the_engine_of_your_own_runs_and_is_routed_to_by_cache(bare: Pipeline, t
     assert [a.headers["x-worker-id"] for a in again] == [a.headers["x-worker-id"] for a in first]
     assert min(int(answer.headers["x-kv-overlap-blocks"]) for answer in again) > 3
     bare.start("router", name="late").wait_for("joined", 2)
-    with bare.client() as client:
-        routers = client.get("/workers").json()["routers"]
-    known = [sum(worker["cached_blocks"] for worker in router["workers"]) for router in routers]
+    until(lambda: len(bare.workers()) == 2, "both routers")
+    known = [sum(worker["cached_blocks"] for worker in router) for router in bare.workers()]
     assert known[0] == known[1] > 20
 
 

@@ -40,14 +40,6 @@ def start_mockers(cluster: Cluster, count: int, *options: str) -> list[Process]:
     ]
 
 
-def router_workers(cluster: Cluster) -> list[dict[str, Any]]:
-    """What the first router knows of the workers."""
-    with cluster.client() as client:
-        routers = client.get("/workers").json()["routers"]
-    workers: list[dict[str, Any]] = routers[0]["workers"]
-    return workers
-
-
 @contextmanager
 def simulated(folder: Path, engines: int, *options: str, router: Sequence[str] = ()) -> Iterator[Pipeline]:
     """A pipeline with so many simulated engines. options: of each; router: options of that."""
@@ -93,7 +85,7 @@ def test_the_index_becomes_the_cache_of_the_mocker_whatever_the_network_does(clu
 
 def test_a_pause_of_sglang_s_scheduler_takes_nothing_from_what_is_known_of_its_cache(pipeline: Pipeline) -> None:
     overlaps(pipeline, [f"{number}: " + "before the pause, " * 40 for number in range(8)])
-    before = {worker["worker_id"]: worker["cached_blocks"] for worker in router_workers(pipeline)}
+    before = {worker["worker_id"]: worker["cached_blocks"] for worker in pipeline.workers()[0]}
     assert min(before.values()) > 0
     schedulers = [
         child
@@ -122,9 +114,7 @@ def test_a_pause_of_sglang_s_scheduler_takes_nothing_from_what_is_known_of_its_c
 
 def cached_blocks(pipeline: Pipeline) -> list[dict[str, int]]:
     """By router and worker, how many blocks the worker has."""
-    with pipeline.client() as client:
-        routers = client.get("/workers").json()["routers"]
-    return [{worker["worker_id"]: worker["cached_blocks"] for worker in router["workers"]} for router in routers]
+    return [{worker["worker_id"]: worker["cached_blocks"] for worker in router} for router in pipeline.workers()]
 
 
 def overlaps(pipeline: Pipeline, prompts: list[str]) -> list[tuple[str, int]]:
@@ -158,8 +148,8 @@ def test_an_engine_that_starts_again_has_an_empty_cache(mockers: Pipeline) -> No
     assert engine.exit_code() == 0
     mockers.start("engine", "--backend", "mocker", "--worker-id", worker, name=f"engine-{worker}-again")
     mockers.wait_for_instances(engine=3)
-    until(lambda: len(router_workers(mockers)) == 3, "the new engine at the router")
-    (status,) = [status for status in router_workers(mockers) if status["worker_id"] == worker]
+    until(lambda: len(mockers.workers()[0]) == 3, "the new engine at the router")
+    (status,) = [status for status in mockers.workers()[0] if status["worker_id"] == worker]
     assert status["cached_blocks"] == 0
     assert overlaps(mockers, [prompt])[0][1] == 0
 
@@ -170,9 +160,7 @@ def test_two_routers_do_not_herd(mockers: Pipeline) -> None:
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
         ask = lambda number: mockers.ask(f"{number} is new, " * 40, max_tokens=60)  # noqa: E731
         counts = Counter(response.headers["x-worker-id"] for response in pool.map(ask, range(240)))
-    with mockers.client() as client:
-        routers = client.get("/workers").json()["routers"]
-    shares = [sum(worker["routed_requests"] for worker in router["workers"]) for router in routers]
+    shares = [sum(worker["routed_requests"] for worker in router) for router in mockers.workers()]
     assert min(shares) > 80  # both had a part in it
     assert max(counts.values()) < 1.35 * 240 / 3
 
@@ -196,7 +184,7 @@ def test_work_that_somebody_else_gave_a_worker_is_seen(mockers: Pipeline) -> Non
     caller = mockers.run("caller", sys.executable, *program)
 
     def busy() -> list[dict[str, Any]]:
-        return [worker for worker in router_workers(mockers) if worker["decode_blocks"] > 1200 / 16]
+        return [worker for worker in mockers.workers()[0] if worker["decode_blocks"] > 1200 / 16]
 
     (worker,) = until(busy, "the load of the worker")
     assert worker["requests"] == 0
@@ -219,9 +207,9 @@ def test_workers_that_do_not_fit_get_no_requests_and_are_shown(mockers: Pipeline
     }
     for name, options in odd.items():
         mockers.start("engine", "--backend", "mocker", "--worker-id", name, *options, name=f"engine-{name}")
-    until(lambda: len(router_workers(mockers)) == 5, "all engines at the router")
+    until(lambda: len(mockers.workers()[0]) == 5, "all engines at the router")
     assert {mockers.ask(f"{n}").headers["x-worker-id"] for n in range(12)} <= {"0", "1", "2"}
-    reasons = {worker["worker_id"]: worker["reason"] for worker in router_workers(mockers) if worker["reason"]}
+    reasons = {worker["worker_id"]: worker["reason"] for worker in mockers.workers()[0] if worker["reason"]}
     assert reasons.keys() == {"blocks", "tokenizer"}
     assert "has KV blocks of 32 tokens" in reasons["blocks"]
     assert "has a different tokenizer" in reasons["tokenizer"]
@@ -254,7 +242,7 @@ def test_of_more_than_the_engines_can_do_a_part_is_answered_and_the_rest_refused
         answers = [asked.result() for asked in early]
         assert [asked.result()[0].status_code for asked in late] == [200, 200]
         assert waiting() == 0
-        until(lambda: not any(worker["requests"] for worker in router_workers(slow)), "the end of all requests")
+        until(lambda: not any(worker["requests"] for worker in slow.workers()[0]), "the end of all requests")
 
     refused = [(answer, seconds) for answer, seconds in answers if answer.status_code != 200]
     assert 3 < len(refused) < 21
@@ -284,7 +272,7 @@ def test_events_that_never_come_are_noticed(cluster: Cluster) -> None:
 def test_a_router_says_what_it_knows_and_why_it_chooses(mockers: Pipeline) -> None:
     prompt = "tell me of the workers, " * 20
     overlaps(mockers, [prompt, prompt])
-    workers = router_workers(mockers)
+    workers = mockers.workers()[0]
     assert {worker["worker_id"] for worker in workers} == {"0", "1", "2"}
     assert {worker["status"] for worker in workers} == {"joined"}
     (one,) = [worker for worker in workers if worker["routed_requests"] >= 2]

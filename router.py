@@ -20,9 +20,7 @@ import logging
 import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Protocol
 
 from common.events import WATCH_ROUTER, Decided, Feed
 from common.log import log_request
@@ -43,7 +41,7 @@ from common.routing.fleet import Fleet
 from common.routing.membership import Membership
 from common.routing.metrics import RouterMetrics
 from common.routing.overlap_watch import OverlapWatch
-from common.routing.policy import POLICIES, Candidate, LowestCost, Weights, choose, kv
+from common.routing.policy import POLICIES, Candidate, Chooser, LowestCost, Weights, choose, kv
 from common.routing.prefix_index import sequence_hashes
 from common.routing.queue import Queue, QueueOptions, Queues
 from common.routing.worker import Prompt
@@ -53,11 +51,7 @@ from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
 
 log = logging.getLogger(__name__)
 
-
-class Chooser(Protocol):
-    """Chooses a worker, and counts the prompt as its load for as long as the block runs."""
-
-    def lease(self, pool: Sequence[Candidate], best: Candidate | None, /) -> AbstractAsyncContextManager[Candidate]: ...
+AGAIN_SECONDS = 5.0  # after which a decision is sent again, to see that somebody is there
 
 
 class Router:
@@ -117,8 +111,10 @@ class Router:
                 overlap_blocks=best.overlap_blocks,
                 waited_ms=round(1000 * turn.seconds, 1) or None,
             )
-            yield best.decision(costs if request.explain else ())
-            await first_of(context.async_killed_or_stopped(), self._stopped())
+            yield (decision := best.decision(costs if request.explain else ()))
+            # The runtime may miss a caller that leaves in this very moment, and finds out when it has more to send.
+            while not await first_of(context.async_killed_or_stopped(), self._stopped(), seconds=AGAIN_SECONDS):
+                yield decision
         watch.on_finished(prompt)
 
     def _decided(self, best: Candidate, costs: Sequence[WorkerCost]) -> Decided:

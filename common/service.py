@@ -387,11 +387,11 @@ class Service:
             await asyncio.sleep(LOOK_SECONDS)
 
 
-async def first_of(*events: Awaitable[object], seconds: float | None = None) -> None:
-    """Return when the first of `events` has happened, or after `seconds`."""
+async def first_of(*events: Awaitable[object], seconds: float | None = None) -> bool:
+    """Return when the first of `events` has happened, or after `seconds`; whether one has."""
     tasks = [asyncio.ensure_future(event) for event in events]
     try:
-        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return bool((await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED))[0])
     finally:
         for task in tasks:
             task.cancel()

@@ -8,9 +8,9 @@ import argparse
 import math
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from common.messages import FindWorkerRequest, RoutingDecision, WorkerCost
 from common.routing.worker import Prompt, Worker
@@ -48,9 +48,8 @@ class Weights:
         return cls(**{one.name: getattr(args, one.name) for one in fields(cls)})
 
 
-class Candidate(
-    msgspec.Struct, eq=False
-):  # of which there is one for every worker, and a dataclass takes twice as long
+# There is one for every worker and request, and a dataclass takes twice as long.
+class Candidate(msgspec.Struct, eq=False):
     """A worker that could take a prompt."""
 
     worker: Worker
@@ -156,6 +155,12 @@ POLICIES: dict[str, Policy] = {
     "round-robin": round_robin,
     "random": at_random,
 }
+
+
+class Chooser(Protocol):
+    """Chooses a worker, and counts the prompt as its load for as long as the block runs."""
+
+    def lease(self, pool: Sequence[Candidate], best: Candidate | None, /) -> AbstractAsyncContextManager[Candidate]: ...
 
 
 class LowestCost:

@@ -3,6 +3,7 @@
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 from tests.system.conftest import Cluster, Pipeline, until
@@ -32,8 +33,10 @@ def cancelled(pipeline: Pipeline) -> int:
 
 
 @pytest.fixture(autouse=True)
-def start_idle(pipeline: Pipeline) -> None:
+def from_idle_to_idle(pipeline: Pipeline) -> Iterator[None]:
     until(pipeline.idle, "idle engines")
+    yield
+    until(lambda: not any(worker["requests"] for worker in pipeline.workers()[0]), "the end of all leases")
 
 
 def test_hanging_up_in_the_middle_of_a_stream(pipeline: Pipeline) -> None:

@@ -154,6 +154,14 @@ def test_an_engine_that_starts_again_has_an_empty_cache(mockers: Pipeline) -> No
     assert overlaps(mockers, [prompt])[0][1] == 0
 
 
+def test_callers_who_leave_while_it_decides_leave_no_load_behind(mockers: Pipeline) -> None:
+    callers = mockers.run("callers", sys.executable, "-m", "tests.system.hasty_callers")
+    assert callers.exit_code() == 0, callers.text
+    assert int(callers.text.splitlines()[-1]) > 1000
+    assert sum(worker["routed_requests"] for worker in mockers.workers()[0]) > 1000
+    until(lambda: not any(worker["requests"] for worker in mockers.workers()[0]), "the end of all leases", timeout=30)
+
+
 def test_two_routers_do_not_herd(mockers: Pipeline) -> None:
     mockers.start("router", name="router-2").wait_for("serving inference.router.find_worker")
     mockers.wait_for_instances(router=2)

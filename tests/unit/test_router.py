@@ -131,6 +131,25 @@ def test_a_decision_is_load_until_its_stream_ends(end: str) -> None:
     play(scenario)
 
 
+def test_a_decision_is_sent_again_so_that_a_caller_who_was_gone_when_it_came_is_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The runtime tells of a caller that left only once something cannot be sent to it."""
+    monkeypatch.setattr("router.AGAIN_SECONDS", 0.01)
+
+    async def scenario(scene: Scene) -> None:
+        context = Context("x")
+        async with aclosing(scene.find(context)) as decisions:
+            first, again = await anext(decisions), await anext(decisions)
+            assert first == again
+            assert sum(scene.loads()) == 1
+            context.stop_generating()
+            assert [more async for more in decisions] == []
+        assert scene.loads() == [0, 0]
+
+    play(scenario)
+
+
 def test_a_session_comes_back_to_its_worker() -> None:
     async def scenario(scene: Scene) -> None:
         first = await scene.decide(session="s")

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1  # between looks at who is registered, a list in memory that the runtime keeps up to date
 SETTLE_SECONDS = 3.0  # how long the first requests wait for the workers that are there to be taken in
 AGAIN_SECONDS = 1.0  # before another attempt to follow a cache
+ASK_SECONDS = 1.0  # between questions whether workers are there
+THERE_SECONDS = 2.0  # to answer them
 ANNOUNCE_SECONDS = 2.0  # how long a new worker may take to announce itself before it is taken for a silent one
 
 
@@ -62,7 +64,12 @@ class Membership:
         return all(map(self._is_known, registered)) and (bool(registered) or self._settled)
 
     async def follow(self) -> None:
-        """Learn of engines that join, forget those that leave. Runs until cancelled."""
+        """Learn of engines that join, forget those that leave or hang. Runs until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow_registered())
+            group.create_task(self._ask())
+
+    async def _follow_registered(self) -> None:
         following: dict[int, asyncio.Task[None]] = {}
         while True:
             registered = set(self._engines.instance_ids())
@@ -75,6 +82,17 @@ class Membership:
             for worker in self._fleet.workers.values():
                 worker.check_silence()
             await asyncio.sleep(POLL_SECONDS)
+
+    async def _ask(self) -> None:
+        """Ask the workers whether they are there: what reports their load need not be what answers requests."""
+        while True:
+            await asyncio.sleep(ASK_SECONDS)
+            registered = set(self._describe.instance_ids())
+            answers = await self._describe.ask_all(DescribeRequest(), THERE_SECONDS)
+            there = {info.instance_id for info in answers}
+            for worker in self._fleet.workers.values():
+                if there and worker.instance_id in registered:  # if nobody answers, the fault is not with them
+                    worker.on_question(answered=worker.instance_id in there)
 
     async def _follow(self, instance_id: int) -> None:
         """Take a worker in, and keep its pictures true until it leaves."""

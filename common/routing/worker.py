@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 SILENT_SECONDS = 5.0  # without a report, which come every second
 GAPS = 3  # times its longest silence so far
 HUNG_SECONDS = 30.0  # beyond which no pace is an excuse
+MISSED = 2  # questions in a row that it did not answer in time, as others did
 PACE_SECONDS = 10.0  # of computing, after which what was before counts half
 REPORT_SECONDS = 0.5  # a report may still count requests that ended this recently
 
@@ -83,6 +84,8 @@ class Worker:
         self.event_lag: float | None = None  # seconds
         self.silent_since: float | None = None  # seconds since the epoch
         self._longest_gap = 0.0  # seconds between two reports
+        self._missed = 0  # questions since it answered one
+        self._answered_at = clock()
 
     @property
     def prefill_blocks(self) -> float:
@@ -230,25 +233,34 @@ class Worker:
             self.event_lag = item.lag
 
     def check_silence(self) -> None:
-        """Take it for silent if it was not heard of for long: it hangs, or cannot be reached.
-
-        How long that is depends on its own pace: what is slow reports seldom. One that never reported may be of a kind
-        that does not.
-        """
-        if self.reported_at and self.silent_since is None:
-            silence = self._clock() - self.reported_at
-            if silence > min(max(SILENT_SECONDS, GAPS * self._longest_gap), HUNG_SECONDS):
-                self.silent_since = time.time() - silence
-                log.warning("worker %s is silent: nothing has come from it for %.1f s", self.name, silence)
-
-    def _on_sign_of_life(self) -> None:
-        now = self._clock()
-        if self.reported_at:
-            self._longest_gap = max(self._longest_gap, now - self.reported_at)
-        if self.silent_since is not None:
+        """Take it for silent if it was not heard of for long: it hangs, or cannot be reached."""
+        silence = self._silence()
+        if silence and self.silent_since is None:
+            self.silent_since = time.time() - silence
+            log.warning("worker %s is silent: nothing has come from it for %.1f s", self.name, silence)
+        elif not silence and self.silent_since is not None:
             log.info("worker %s speaks again", self.name)
             self.silent_since = None
-        self.reported_at = now
+
+    def _silence(self) -> float | None:
+        """Seconds of it, if they are too many. Its reports may come from another process than its answers do, and one
+        of the two hang.
+
+        How long it may be without a report depends on its own pace: what is slow reports seldom. One that never
+        reported may be of a kind that does not.
+        """
+        if self._missed >= MISSED:
+            return self._clock() - self._answered_at
+        silence = self._clock() - self.reported_at
+        too_long = silence > min(max(SILENT_SECONDS, GAPS * self._longest_gap), HUNG_SECONDS)
+        return silence if self.reported_at and too_long else None
+
+    def on_question(self, *, answered: bool) -> None:
+        """It was asked whether it is there, and answered in time, or others did."""
+        self._missed = 0 if answered else self._missed + 1
+        if answered:
+            self._answered_at = self._clock()
+        self.check_silence()
 
     def on_report(self, stat: LoadStat) -> None:
         """Take in the worker's own account. What it has beyond our leases is work that others sent, and the tokens
@@ -259,7 +271,11 @@ class Worker:
         """
         if self.info is None:
             return
-        self._on_sign_of_life()
+        now = self._clock()
+        if self.reported_at:
+            self._longest_gap = max(self._longest_gap, now - self.reported_at)
+        self.reported_at = now
+        self.check_silence()
         self.report = stat
         self._forget_ended()
         explained = self._leased + sum(blocks for _, blocks in self._ended)

@@ -10,7 +10,8 @@ from common.remote import Remote
 from common.routing import membership
 from common.routing.fleet import Fleet
 from common.routing.membership import Membership
-from tests.unit.stand_ins import LocalClient
+from common.routing.worker import Worker
+from tests.unit.stand_ins import Handler, LocalClient, worker_info
 from tests.unit.test_kv_events import Publisher
 
 import pytest
@@ -106,3 +107,47 @@ def test_an_event_that_the_index_fails_at_does_not_cost_the_worker_its_work(monk
         assert scene.fleet.index.blocks(1) == 4
 
     play(scenario, monkeypatch)
+
+
+def test_a_worker_that_does_not_answer_hangs_if_others_do_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If nobody answers, it is what carries the questions that is down."""
+    monkeypatch.setattr(membership, "ASK_SECONDS", 0.01)
+    monkeypatch.setattr(membership, "THERE_SECONDS", 0.05)
+    hanging: set[int] = set()
+
+    def answer(number: int) -> Handler:
+        async def describe(body: Any, context: Context) -> AsyncIterator[Any]:
+            while number in hanging:
+                await asyncio.sleep(0.01)
+            yield worker_info(number).encode()
+
+        return describe
+
+    async def run() -> None:
+        nobody = cast(Any, LocalClient({}))
+        describe = cast(Any, LocalClient({number: answer(number) for number in (1, 2)}))
+        fleet = Fleet()
+        for number in (1, 2, 3):  # the third has no such endpoint
+            fleet.add(Worker(number, worker_info(number) if number < 3 else None))
+        following = Membership(
+            fleet,
+            engines=Remote(GENERATE, nobody),
+            describe=Remote(DESCRIBE_WORKER, describe),
+            cache=Remote(CACHE, nobody),
+        )
+        asking = asyncio.create_task(following.follow())
+
+        def silent() -> set[int]:
+            return {number for number, worker in fleet.workers.items() if worker.silent_since is not None}
+
+        hanging.update({1, 2})
+        await asyncio.sleep(0.5)
+        assert silent() == set()
+        for now_hanging in ({1}, set[int]()):
+            hanging.intersection_update(now_hanging)
+            async with asyncio.timeout(30):
+                while silent() != now_hanging:
+                    await asyncio.sleep(0.01)
+        asking.cancel()
+
+    asyncio.run(run())

@@ -369,6 +369,20 @@ class TestSilence:
         clock.wait(worker, 3600)
         assert worker.silent_since is None
 
+    def test_one_that_reports_and_does_not_answer_hangs_too(self, clock: Clock) -> None:
+        """An engine whose scheduler is another process, which goes on."""
+        worker = clock.worker()
+        clock.reports(worker, 1, 1)
+        worker.on_question(answered=True)
+        worker.on_question(answered=False)
+        assert worker.silent_since is None
+        clock.reports(worker, 1)
+        worker.on_question(answered=False)
+        clock.reports(worker, 1)
+        assert worker.silent_since is not None
+        worker.on_question(answered=True)
+        assert worker.silent_since is None
+
     def test_it_gets_nothing_while_there_are_others(self, clock: Clock) -> None:
         fleet = Fleet()
         for number in (1, 2):

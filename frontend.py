@@ -312,7 +312,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     observers: list[Observer] = [RequestEvents(feed, show_prompts=args.show_prompts), metrics]
     if args.record:
         observers.append(Recorder(args.record))
-    guarding = guard(args.api_keys_file, args.host)
+    guarding = guard(args.api_keys_file, args.host, args.client_requests)
     app = frontend.app(args.cors_origin, routes, observers, RuntimeParent(runtime, service), guarding)
     async with service, listening(app, args.host, args.port, service.stopped, reuse_port=args.reuse_port):
         service.add(events, WATCH_FRONTEND, feed.watch)
@@ -338,6 +338,7 @@ def arguments() -> argparse.ArgumentParser:
         "--cors-origin", action="append", default=[], help="origin whose pages may call this server; * for all"
     )
     options.add_argument("--api-keys-file", type=os.path.abspath, help="file of keys, one a line: clients need one")
+    options.add_argument("--client-requests", type=int, default=2000, help="of one client in progress; 0: any number")
     options.add_argument(
         "--keepalive-seconds", type=float, default=15.0, help="a client that waits hears of it so often; 0: never"
     )

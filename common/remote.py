@@ -27,7 +27,8 @@ from dynamo.runtime import Client, Context
 
 log = logging.getLogger(__name__)
 
-IsHeard = Callable[[int], Awaitable[bool]]
+# From an instance to whether it was heard of just now; None: nobody can say, as when NATS carries no message.
+IsHeard = Callable[[int], Awaitable[bool | None]]
 
 ACK_SECONDS = 0.5  # for an instance to take a request, where there is another one: it needs milliseconds
 TRIES = 5  # times as long for one that is heard of
@@ -55,15 +56,18 @@ async def linked(context: Context, number: int) -> AsyncIterator[Context]:
         other.stop_generating()
 
 
-async def _taken(taking: Awaitable[Any], seconds: float | None, is_heard: Callable[[], Awaitable[bool]] | None) -> Any:
+async def _taken(
+    taking: Awaitable[Any], seconds: float | None, is_heard: Callable[[], Awaitable[bool | None]] | None
+) -> Any:
     """The stream of a request, once it was taken. Raises TimeoutError if it is not in time and whoever should take it
     is not heard of, or after TRIES times as long: one with much to do may only be slow."""
     task = asyncio.ensure_future(taking)
     try:
-        tries = TRIES if is_heard else 1
+        tries = TRIES
         while not (await asyncio.wait([task], timeout=seconds))[0]:
-            tries -= 1
-            if not (is_heard and tries and await is_heard()):
+            heard = is_heard is not None and await is_heard()
+            tries -= heard is not None
+            if heard is False or not tries:
                 raise TimeoutError
         return task.result()
     finally:
@@ -106,8 +110,8 @@ class Remote(Generic[Request, Answer]):
         """Send `request` to one of `instance_ids`, or of all instances, and yield what it answers.
 
         hopeless: when to give up waiting for the next message; ack_seconds: when to give up waiting for the last
-        instance to take the request, by default when the runtime does so; is_heard: whether it was heard of just now,
-        and so is only slow to take it.
+        instance to take the request, by default when the runtime does so; is_heard: tells one that is slow to take it
+        from one that will not.
 
         Stopping `context` ends the stream at both ends. Raises PipelineError: what the other side raised, Unavailable
         if it cannot be reached, dies or gives up, Cancelled if `context` was stopped first.

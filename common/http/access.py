@@ -1,15 +1,16 @@
-"""Who may use the HTTP server: those who have a key, if there is a file of keys."""
+"""Who may use the HTTP server: those who have a key, if there is a file of keys, and nobody for too much at once."""
 
 import hashlib
 import logging
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from common.errors import InvalidRequest, StartupError
+from common.errors import InvalidRequest, Overloaded, PipelineError, StartupError
 from common.http.exchange import error_response
 from common.service import is_loopback
 
@@ -39,14 +40,22 @@ class Unauthorized(InvalidRequest):
         return {"www-authenticate": "Bearer"}
 
 
-def guard(file: str | None, host: str) -> Guard | None:
-    """What lets those pass to an application who have a key of `file`; None: everybody. host: where the application is
-    reached. Raises StartupError, as `read_keys` does."""
-    if file:
-        return partial(_Guarded, keys=_Keys(file))
-    if not is_loopback(host):
+class TooMany(Overloaded):
+    """The caller has enough requests in progress."""
+
+    http_status = 429
+
+
+def guard(file: str | None, host: str, most: int) -> Guard:
+    """What lets those pass to an application who have a key of `file`, if there is one, and less than `most` requests
+    in progress, unless that is 0. Without keys, a client is an address. host: where the application is reached.
+
+    Raises StartupError, as `read_keys` does.
+    """
+    if not file and not is_loopback(host):
         log.warning("whoever reaches %s may use this server and read what it shows: see --api-keys-file", host)
-    return None
+    keys = _Keys(file) if file else None
+    return partial(_Guarded, keys=keys, most=most)
 
 
 def read_keys(file: str) -> list[str]:
@@ -105,21 +114,43 @@ def _digest(key: str) -> bytes:
 
 
 class _Guarded:
-    """Answers 401 to those who have no key. Stands inside of `Exchanges`, which gives these answers an id too."""
+    """Answers 401 to those who have no key, and 429 to those who want too much. Stands inside of `Exchanges`, which
+    gives these answers an id too."""
 
-    def __init__(self, app: ASGIApp, keys: _Keys) -> None:
+    def __init__(self, app: ASGIApp, keys: _Keys | None, most: int) -> None:
         self._app = app
         self._keys = keys
+        self._most = most
+        self._requests = Counter[str]()  # in progress, by key or address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app
-        if scope["type"] == "http" and not OPEN.fullmatch(scope["path"]):
-            exchange = scope["exchange"]
-            scheme, _, key = exchange.headers.get("authorization", "").partition(" ")
+        if scope["type"] != "http" or OPEN.fullmatch(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        try:
+            client = self._client(scope)
+        except PipelineError as error:
+            scope["exchange"].error = error
+            await error_response(error)(scope, receive, send)
+            return
+        self._requests[client] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._requests[client] -= 1
+            if not self._requests[client]:
+                del self._requests[client]
+
+    def _client(self, scope: Scope) -> str:
+        """Whose request this is. Raises Unauthorized if it has no key that is known, TooMany if others are enough."""
+        client: str = scope["client"][0] if scope.get("client") else ""
+        if self._keys:
+            scheme, _, key = scope["exchange"].headers.get("authorization", "").partition(" ")
+            client = key.strip()
             if scheme.lower() != "bearer":
-                exchange.error = Unauthorized("an API key is needed, in the header authorization: Bearer KEY")
-            elif key.strip() not in self._keys:
-                exchange.error = Unauthorized("this API key is not known here")
-            if exchange.error:
-                app = error_response(exchange.error)
-        await app(scope, receive, send)
+                raise Unauthorized("an API key is needed, in the header authorization: Bearer KEY")
+            if client not in self._keys:
+                raise Unauthorized("this API key is not known here")
+        if 0 < self._most <= self._requests[client]:
+            raise TooMany(f"{self._most} requests of yours are in progress: send more as they end")
+        return client

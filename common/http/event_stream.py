@@ -2,9 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
 
-from common.errors import Cancelled, Internal, PipelineError
+from common.errors import Internal, PipelineError
 from common.http.exchange import Exchange
 from common.http.forms import Form
 from common.openai_api import ChatCompletionChunk
@@ -15,7 +14,6 @@ from starlette.types import Message as ASGIMessage
 from starlette.types import Receive, Scope, Send
 
 COMMENT = b": the answer is being made\n\n"
-CLIENT_SECONDS = 60.0  # for a client to take what it is sent; what waits for it fills the processor's connection to us
 
 
 class EventStream(Response):
@@ -51,8 +49,6 @@ class EventStream(Response):
             try:
                 await self._write_events()
                 await self._write(b"", more=False)
-            except TimeoutError:
-                self._exchange.error = Cancelled(f"the client took nothing for {CLIENT_SECONDS:g} s")
             finally:
                 keeping_alive.cancel()
 
@@ -69,8 +65,6 @@ class EventStream(Response):
         except PipelineError as error:
             self._exchange.error = error
             await self._write(event(error.body))
-        except TimeoutError:
-            raise
         except Exception as error:  # a fault of this program, which the log will name
             await self._write(event(Internal(f"{type(error).__name__}: {error}").body))
             raise
@@ -83,22 +77,17 @@ class EventStream(Response):
         await self._write(b"".join(map(event, self._form.events(chunk))))
 
     async def _write(self, part: bytes, *, more: bool = True) -> None:
-        """Send a part past the layers of the application, of which each would cost time per event.
-
-        Raises TimeoutError if the client does not take it.
-        """
+        """Send a part past the layers of the application, of which each would cost time per event."""
         self._quiet = False
         message: ASGIMessage = {"type": "http.response.body", "body": part, "more_body": more}
-        async with asyncio.timeout(CLIENT_SECONDS):
-            await self._exchange.send(message)
+        await self._exchange.send(message)
 
     async def _keep_alive(self) -> None:
         while self._keepalive_seconds:
             self._quiet = True
             await asyncio.sleep(self._keepalive_seconds)
             if self._quiet:
-                with suppress(TimeoutError):
-                    await self._write(COMMENT)
+                await self._write(COMMENT)
 
 
 def event(data: object) -> bytes:

@@ -49,7 +49,7 @@ class Routers:
         self._requests = Counter[int]()  # by worker, those in progress there of which no router knows
         self._alone = False  # whether the log knows that no router answers
         self._silent: set[int] = set()  # workers that hang, and whose requests others could take
-        self._heard: set[int] = set()  # workers that routers had heard of at the last look
+        self._heard: set[int] | None = None  # workers that routers had heard of at the last look, if any answered
         self._look = Asked(self._ask_for_workers)
 
     @asynccontextmanager
@@ -167,17 +167,17 @@ class Routers:
 
         return reason
 
-    async def is_heard(self, instance_id: int) -> bool:
-        """Whether a router has heard of a worker within the last moments."""
+    async def is_heard(self, instance_id: int) -> bool | None:
+        """Whether a router has heard of a worker within the last moments; None if no router answers."""
         await asyncio.shield(self._look.within(0.0))
-        return instance_id in self._heard
+        return None if self._heard is None else instance_id in self._heard
 
     async def _ask_for_workers(self) -> None:
         """How the workers are, by what routers know."""
         answers = await self._status.ask_all(WorkersRequest(), LOOK_SECONDS)
         self._silent = set[int]().union(*map(silent_workers, answers))
         workers = (worker for answer in answers for worker in answer.workers)
-        self._heard = {one.instance_id for one in workers if heard_lately(one)}
+        self._heard = {one.instance_id for one in workers if heard_lately(one)} if answers else None
 
 
 def heard_lately(worker: WorkerStatus) -> bool:

@@ -1,17 +1,21 @@
-"""Who may use the HTTP server: with a file of keys, those who have one."""
+"""Who may use the HTTP server: with a file of keys, those who have one, and nobody for too much at once."""
 
+import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
 from common.errors import StartupError
 from common.http import page
 from common.http.access import guard, read_keys
-from tests.unit.door import CHAT, Door
+from common.openai_api import ChatCompletionChunk
+from common.openai_request import ChatCompletionRequest
+from tests.unit.door import CHAT, HELLO, Door, two_words
 
 import httpx
 import pytest
+from dynamo.runtime import Context
 
 KEY = "sk-mine"
 
@@ -28,7 +32,7 @@ def write(file: Path, text: str) -> Path:
 
 
 def door(file: Path, **options: Any) -> Door:
-    return Door(guard=guard(str(file), "127.0.0.1"), routes=[page.routes()], **options)
+    return Door(guard=guard(str(file), "127.0.0.1", 0), routes=[page.routes()], **options)
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -127,20 +131,52 @@ def test_so_is_one_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_others_who_could_read_it_are_worth_a_warning(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    guard(str(file), "127.0.0.1")
+    guard(str(file), "127.0.0.1", 0)
     assert not caplog.records
     os.chmod(file, 0o640)
-    guard(str(file), "127.0.0.1")
+    guard(str(file), "127.0.0.1", 0)
     assert "chmod 600" in caplog.text
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
 def test_a_door_that_is_open_to_other_machines_is_worth_one_too(host: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert guard(None, host) is None
+    guard(None, host, 0)
     assert "--api-keys-file" in caplog.text
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.1.2.3"])
 def test_one_for_this_machine_alone_is_not(host: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert guard(None, host) is None
+    guard(None, host, 0)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("by_key", [True, False])
+def test_a_client_has_only_so_many_requests_in_progress(file: Path, by_key: bool) -> None:
+    """Which is known by its key, or without keys by its address."""
+    going_on = asyncio.Event()
+
+    async def waits(request: ChatCompletionRequest, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
+        await going_on.wait()
+        async for made in two_words(request, context):
+            yield made
+
+    async def run() -> None:
+        app = Door(waits, guard=guard(str(file) if by_key else None, "127.0.0.1", 2)).app
+
+        def client(number: int) -> httpx.AsyncClient:
+            transport = httpx.ASGITransport(app=app, client=("127.0.0.1" if by_key else f"127.0.0.{number}", 1))
+            headers = bearer((KEY, "sk-other")[number]) if by_key else {}
+            return httpx.AsyncClient(transport=transport, base_url="http://door", headers=headers)
+
+        async with client(0) as one, client(1) as other:
+            first = [asyncio.create_task(who.post(CHAT, json=HELLO)) for who in (one, one, other)]
+            await asyncio.sleep(0.05)
+            refused = await one.post(CHAT, json=HELLO)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert refused.json()["error"]["type"] == "rate_limit_error"
+            assert (await one.get("/live")).status_code == 200
+            going_on.set()
+            assert [answer.status_code for answer in await asyncio.gather(*first)] == [200, 200, 200]
+            assert (await one.post(CHAT, json=HELLO)).status_code == 200
+
+    asyncio.run(run())

@@ -19,7 +19,6 @@ from common.errors import (
     Unavailable,
     Unreachable,
 )
-from common.http import event_stream
 from common.http.exchange import Exchange
 from common.http.server import listening
 from common.messages import RouterStatus, WorkerStatus
@@ -785,19 +784,6 @@ class TestHangUp:
         (line,) = log()
         assert "status=499" in line
         assert tracebacks() == []
-
-    def test_a_client_that_reads_nothing_is_given_up(self, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(event_stream, "CLIENT_SECONDS", 0.05)
-        door = Door(two_words)
-
-        async def run() -> None:
-            async with Connection(door, STREAM, room=2) as client:  # for the start and one event
-                await client.end()
-
-        asyncio.run(run())
-        assert door.processors.contexts[0].is_stopped()
-        (line,) = log()
-        assert "status=499" in line
 
     def test_an_answer_that_is_complete_was_not_hung_up_on(self, log: Log) -> None:
         async def scenario(client: Connection) -> None:

@@ -1,4 +1,4 @@
-"""What a client may send is bounded before anything else sees it."""
+"""What a client may send is bounded before anything else sees it, and so is what it leaves unread."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -10,6 +10,7 @@ from common.http.protocol import HEADER_BYTES
 from common.http.server import listening
 
 import pytest
+from starlette.types import ASGIApp
 
 BEGIN = b"POST / HTTP/1.1\r\nhost: x\r\n"
 Scenario = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -32,11 +33,11 @@ async def never() -> None:
     await asyncio.Event().wait()
 
 
-def play(scenario: Scenario) -> None:
+def play(scenario: Scenario, app: ASGIApp = echo) -> None:
     async def run() -> None:
         (port,) = free_ports(1)
-        async with listening(echo, "127.0.0.1", port, never):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with listening(app, "127.0.0.1", port, never):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
             await asyncio.wait_for(scenario(reader, writer), 10)
             writer.close()
 
@@ -88,3 +89,69 @@ def test_a_connection_that_waits_for_its_next_request_may_do_so(monkeypatch: pyt
             await asyncio.sleep(0.4)
 
     play(scenario)
+
+
+class Answer:
+    """Of so many megabytes, sent one by one."""
+
+    def __init__(self, megabytes: int) -> None:
+        self._megabytes = megabytes
+        self.sent = 0
+        self.disconnected = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while self.sent < self._megabytes:
+            self.sent += 1
+            await send({"type": "http.response.body", "body": b"a" * 2**20, "more_body": self.sent < self._megabytes})
+            await asyncio.sleep(0.001)
+        await receive()  # the rest of the request
+        await receive()
+        self.disconnected.set()
+
+
+async def read(reader: asyncio.StreamReader, megabytes: int) -> None:
+    """Read an answer. Raises EOFError, or what the connection does, if it ends before."""
+    unread = megabytes * 2**20
+    while unread > 0:
+        if not (part := await reader.read(2**20)):
+            raise EOFError
+        unread -= part.count(b"a")
+
+
+@pytest.mark.parametrize("megabytes", [1, 3])
+def test_nobody_waits_for_a_client_to_read(megabytes: int) -> None:
+    answer = Answer(megabytes)
+
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(BEGIN + b"\r\n")
+        while answer.sent < megabytes:
+            await asyncio.sleep(0.01)
+        await read(reader, megabytes)
+
+    play(scenario, answer)
+
+
+def test_a_client_that_is_far_behind_an_answer_that_goes_on_is_hung_up_on() -> None:
+    answer = Answer(10**9)
+
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(BEGIN + b"\r\n")
+        with pytest.raises((ConnectionError, EOFError)):
+            await asyncio.sleep(2)
+            await read(reader, 10**9)
+
+    play(scenario, answer)
+    assert answer.sent < 10**9
+
+
+def test_a_client_that_reads_nothing_of_what_is_complete_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "UNREAD_SECONDS", 0.3)
+    monkeypatch.setattr(protocol, "UNREAD_BYTES", 10**9)
+    answer = Answer(40)
+
+    async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(BEGIN + b"\r\n")
+        await answer.disconnected.wait()
+
+    play(scenario, answer)

@@ -274,12 +274,17 @@ class TestWorkersThatAreGivenUp:
         asyncio.run(run())
 
 
-def test_a_worker_that_a_router_has_heard_of_lately_is_heard() -> None:
+def test_a_worker_that_a_router_has_heard_of_lately_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no router answers, nobody can say."""
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.1)
+
     async def scenario(scene: Scene) -> None:
         scene.workers = [
             WorkerStatus(instance_id=number, worker_id="w", status="joined", heard_seconds=seconds)
             for number, seconds in ((1, 0.0), (2, 3.0), (3, None))
         ]
         assert [await scene.routers.is_heard(number) for number in (1, 2, 3, 4)] == [True, False, False, False]
+        scene.hanging.update({0, 1})
+        assert await scene.routers.is_heard(1) is None
 
     play(scenario)

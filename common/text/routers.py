@@ -97,7 +97,7 @@ class Routers:
             return None if there else f"router {instance_id} does not answer"
 
         context = parent.detached(uuid.uuid4().hex)  # of its own: it ends with the lease
-        ack = ANSWER_SECONDS if self._known else None
+        ack = ANSWER_SECONDS if self._known or len(self._router.instance_ids()) > 1 else None
         async with aclosing(
             self._router.stream(wanted, context, [instance_id], hopeless=hopeless, ack_seconds=ack)
         ) as items:

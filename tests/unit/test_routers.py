@@ -143,6 +143,27 @@ def test_one_that_lets_a_prompt_wait_but_answers_otherwise_does_not_hang() -> No
     play(scenario, count=1)
 
 
+def test_one_that_does_not_even_take_a_prompt_is_left_for_the_other_by_a_processor_that_is_new_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("common.remote.random.randrange", lambda _: 1)  # it is the first router's turn
+
+    async def scenario(scene: Scene) -> None:
+        direct = scene.client.direct
+
+        async def take(body: Any, instance_id: int, **options: Any) -> AsyncIterator[Any]:
+            if instance_id == 0:
+                await asyncio.sleep(5)
+            return await direct(body, instance_id, **options)
+
+        scene.client.direct = take  # type: ignore[method-assign, assignment]
+        async with asyncio.timeout(3):
+            await scene.ask()
+        assert [router for router, _ in scene.decided] == [1]
+
+    play(scenario)
+
+
 def test_of_two_routers_the_one_that_hangs_is_left_for_the_other() -> None:
     async def scenario(scene: Scene) -> None:
         scene.hanging = {0}

@@ -50,7 +50,7 @@ PROGRAMS = ("router", "engine", "processor", "frontend")
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "restart": signal.SIGTERM}
 FAULTS = [f"{what} {part}" for part in ("engine", "router", "processor", "nats", "etcd") for what in ("kill", "stop")]
 FAULTS += ["stop scheduler", "stop machine", *(f"restart {part}" for part in (*PROGRAMS, "each"))]
-SHORT = ["kill engine", "kill processor", "stop router", "stop engine"]
+SHORT = ["kill engine", "kill processor", "stop router", "stop engine", "stop nats", "restart each"]
 CALM_SECONDS = 60.0  # for everything to be as before
 SILENCE_SECONDS = 90.0  # after which a client gives up
 
@@ -311,7 +311,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--backend", choices=["sglang", "mocker"], default="mocker")
     add("--faults", type=fault, nargs="+", metavar="FAULT", help="some of: " + ", ".join(f'"{one}"' for one in FAULTS))
-    add("--short", action="store_true", help="four faults, fewer requests: two minutes")
+    add("--short", action="store_true", help="six faults, of 8 s, and fewer requests: two minutes")
     add_parts(parser, engines=3)
     add("--clients", type=count, default=32, help="that ask at once")
     add("--requests", type=count, default=400, help="for each fault")
@@ -324,7 +324,7 @@ def arguments() -> argparse.Namespace:
     add("--output", type=Path, default=REPOSITORY / "build" / "benchmarks", help="folder")
     args = parser.parse_args()
     if args.short:
-        args.requests = min(args.requests, 150)
+        args.requests, args.pause, args.stopped = min(args.requests, 64), 0.5, 8.0
     if not args.faults:
         known = itertools.chain(SHORT if args.short else FAULTS)
         args.faults = [one for one in known if args.backend == "sglang" or "scheduler" not in one]

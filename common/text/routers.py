@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 0.5  # for a router to answer that decides nothing else either
 RESTART_SECONDS = 5.0  # to wait for a router that is restarting, if no worker is known
+REPLACE_SECONDS = 30.0  # to wait for another worker once all have failed a request: they may be restarting
 RETRY_SECONDS = 0.1
 QUIET_SECONDS = 2.0  # of a worker, after which routers are asked about it
 LOOK_SECONDS = 1.0  # between questions to routers
@@ -60,7 +61,20 @@ class Routers:
         what a router refuses with.
         """
         async with AsyncExitStack() as stack:
-            yield await self._find(wanted, context, stack)
+            yield await self._find_another(wanted, context, stack)
+
+    async def _find_another(
+        self, wanted: FindWorkerRequest, context: Context, stack: AsyncExitStack
+    ) -> RoutingDecision:
+        deadline = asyncio.get_running_loop().time() + REPLACE_SECONDS
+        while True:
+            try:
+                return await self._find(wanted, context, stack)
+            except Unavailable as error:
+                too_late = asyncio.get_running_loop().time() > deadline
+                if error.code != "no_worker" or not wanted.excluded or too_late:
+                    raise
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def _find(self, wanted: FindWorkerRequest, context: Context, stack: AsyncExitStack) -> RoutingDecision:
         now = asyncio.get_running_loop().time

@@ -1,7 +1,6 @@
 """Programs start in any order, leave politely, and survive each other's deaths. The engines are simulated."""
 
 import concurrent.futures
-import json
 import signal
 import socket
 import subprocess
@@ -244,17 +243,6 @@ def test_health_is_what_becomes_of_a_request(bare: Pipeline) -> None:
     until(lambda: status("/health")[0] == 200, "health")
     with bare.client() as client:
         assert "time_to_first_token_seconds_count{" not in client.get("/metrics").text  # nobody asked but probes
-
-
-def test_each_part_can_be_restarted_under_load(tmp_path: Path) -> None:
-    """Two routers, engines, processors and frontends, one after the other: nothing is lost."""
-    command = [sys.executable, "-m", "benchmarks.chaos", "--faults", "restart each", "--engines", "2"]
-    command += ["--requests", "64", "--pause", "0.5", "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    _, rolled = json.loads((tmp_path / "chaos.json").read_text())["results"]
-    assert rolled["running"] == 32
-    assert len(rolled["outcomes"]) > 100
 
 
 def test_a_processor_that_died_takes_no_more_requests(bare: Pipeline, running: dict[str, Process]) -> None:

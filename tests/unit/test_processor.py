@@ -104,6 +104,7 @@ class Pipeline:
         self._context_length = context_length
         self._simulated = simulated
         self._workers = range(1, len(engines) + 1)
+        self.nobody_at: int | None = None  # the question to the router, by number, at which it has no worker
         self.router = LocalClient({0: self._find_worker})
         self.engines = LocalClient(dict(zip(self._workers, map(play, engines), strict=True)))
         router: Any = self.router
@@ -123,7 +124,7 @@ class Pipeline:
 
     async def _find_worker(self, body: Any, context: Context) -> AsyncIterator[Any]:
         left = [number for number in self._workers if number not in FindWorkerRequest.decode(body).excluded]
-        if not left:
+        if not left or len(self.router.bodies) == self.nobody_at:
             yield Failure.of(Unavailable("every engine has failed", code="no_worker")).encode()
             return
         decision = RoutingDecision(
@@ -501,7 +502,21 @@ class TestMigration:
         pipeline = Pipeline(dies, dies, dies, [output(B, finish_reason="stop")])
         assert text(pipeline.ask()) == "aaab"
 
-    def test_when_all_have_failed_it_is_the_router_who_says_so(self) -> None:
+    def test_when_all_have_failed_another_one_is_waited_for(self) -> None:
+        """A worker that was restarted is one as soon as it is back."""
+        pipeline = Pipeline([output(A), DEAD], [output(B, finish_reason="stop")])
+        pipeline.nobody_at = 2
+        assert text(pipeline.ask()) == "ab"
+        assert [wanted.excluded for wanted in pipeline.wanted] == [[], [1], [1]]
+
+    def test_but_not_by_one_that_has_not_begun(self) -> None:
+        pipeline = Pipeline([output(A, finish_reason="stop")])
+        pipeline.nobody_at = 1
+        with pytest.raises(Unavailable, match="every engine has failed"):
+            pipeline.ask()
+
+    def test_nor_for_ever_and_then_it_is_the_router_who_says_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("common.text.routers.REPLACE_SECONDS", 0.2)
         pipeline = Pipeline([output(A), DEAD], [output(A), DEAD])
         with pytest.raises(Unavailable, match="every engine has failed") as refusal:
             pipeline.ask()

@@ -257,7 +257,6 @@ class Processor:
     async def _generate(self, generation: Generation, context: Context) -> AsyncGenerator[EngineOutput]:
         """Yield what a worker generates; if it fails, what another one generates from there on."""
         if generation.request.token_limit == 0:
-            generation.decided.set()
             yield EngineOutput(finish_reason="length")
             return
         if generation.beside:
@@ -291,17 +290,17 @@ class Processor:
             async with aclosing(generation.traced(stream, context)) as outputs:
                 async for output in outputs:
                     if output.finish_reason == "cancelled":
-                        raise _gave_up(decision, context)
+                        raise Unavailable(f"worker {decision.worker_id} stopped in the middle of an answer")
                     if output.finish_reason:
                         output.finish_reason = _finish_reason(output.finish_reason)
                     generation.add(output)
                     yield output
                     if generation.finished:
                         return
-            if context.is_stopped():
-                raise Cancelled("the caller went away")
             raise Internal("it ended its stream without a finish_reason")
         except Unavailable as error:
+            if context.is_stopped():
+                raise Cancelled("the caller went away") from error
             if isinstance(error, Lost) and generation.generated == before:
                 generation.victims += 1
             if generation.victims >= VICTIMS:
@@ -351,13 +350,6 @@ def _finish_reason(reason: str | dict[str, object]) -> str:
             raise Internal(f"it ended with {reason}")
 
 
-def _gave_up(decision: RoutingDecision, context: Context) -> Cancelled | Unavailable:
-    """Why a worker ended a request before its time."""
-    if context.is_stopped():
-        return Cancelled("the caller went away")
-    return Unavailable(f"worker {decision.worker_id} stopped in the middle of an answer")
-
-
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     resolved = resolve_model(args.model)
@@ -374,7 +366,6 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
         reasoning_parser=args.reasoning_parser,
         allow_special_tokens=args.allow_special_tokens,
     )
-    coalescer = Coalescer(args.coalesce_ms)
     log.info("parsers: tool_calls=%s reasoning=%s", *model.parsers)
     async with Service(runtime, drain_seconds=args.drain_seconds) as service:
         feed = Feed(process.connection_id(), service.stopped)
@@ -383,7 +374,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
             identity,
             routers=Routers(router, status, engines.instance_ids, Limits.of(args)),
             engines=engines,
-            coalescer=coalescer,
+            coalescer=Coalescer(args.coalesce_ms),
             feed=feed,
             migration_limit=args.migration_limit,
         )

@@ -88,12 +88,9 @@ class Answer:
         if output.log_probs is not None:
             self._note_logprobs(output, self.tokens - before)
         if self._stops.found:
-            self.finish_reason = "stop"
+            self._end("stop", "")
         elif output.finish_reason:
-            self.finish_reason = str(output.finish_reason)
-            self._write(self._stops.add(self._detokenizer.flush()) + self._stops.flush())
-        if self.finish_reason:
-            self._flush()
+            self._end(str(output.finish_reason), self._stops.add(self._detokenizer.flush()) + self._stops.flush())
         return self._chunk(decision)
 
     def _add_tokens(self, token_ids: Sequence[int]) -> None:
@@ -102,32 +99,20 @@ class Answer:
         if self._reasoning and not self._reasoning.over:
             self._reasoning.tokens += len(token_ids)
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str, *, last: bool = False) -> None:
         if self._reasoning:
-            thoughts, text = self._reasoning.add(text)
+            thoughts, text = self._reasoning.add(text, last=last)
             self._thoughts += thoughts
-        self._answer(text)
-
-    def _answer(self, text: str) -> None:
-        if self._tool_calls and text:
-            text, calls = self._tool_calls.add(text)
-            self._calls += calls
-        self._text += self._plain(text)
-
-    def _flush(self) -> None:
-        if self._reasoning:
-            thoughts, text = self._reasoning.flush()
-            self._thoughts += thoughts
-            self._answer(text)
         if self._tool_calls:
-            text, calls = self._tool_calls.flush()
-            self._text += self._plain(text)
+            text, calls = self._tool_calls.add(text, last=last)
             self._calls += calls
-            if self._tool_calls.found and self.finish_reason == "stop":
-                self.finish_reason = "function_call" if self._old_calls else "tool_calls"
+        self._text += self._hidden.sub("", text) if self._hidden else text
 
-    def _plain(self, text: str) -> str:
-        return self._hidden.sub("", text) if self._hidden else text
+    def _end(self, reason: str, text: str) -> None:
+        self._write(text, last=True)
+        if reason == "stop" and self._tool_calls and self._tool_calls.found:
+            reason = "function_call" if self._old_calls else "tool_calls"
+        self.finish_reason = reason
 
     def _note_logprobs(self, output: EngineOutput, counted: int) -> None:
         self.logprob += sum((output.log_probs or [])[:counted])

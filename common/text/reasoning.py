@@ -20,15 +20,14 @@ class Reasoning:
         self.over = False  # whether the answer has begun
         self.tokens = 0  # until then, with the marks around the thoughts; whoever adds text counts them
 
-    def add(self, text: str) -> tuple[str, str]:
-        """The thoughts and the answer that `text` decides: the text of one token."""
-        return self._noted(*self._parser.parse_stream_chunk(text)) if self._parser else ("", text)
-
-    def flush(self) -> tuple[str, str]:
-        """What was held back."""
-        return self._noted(*self._parser.parse_stream_end()) if self._parser else ("", "")
-
-    def _noted(self, thoughts: str | None, text: str | None) -> tuple[str, str]:
-        self.found = self.found or bool(thoughts)
-        self.over = self.over or bool(text)
-        return thoughts or "", text or ""
+    def add(self, text: str, *, last: bool = False) -> tuple[str, str]:
+        """The thoughts and the answer that `text` decides, that of one token. After the last, nothing is held back."""
+        if not self._parser:
+            return "", text
+        thoughts, answer = (part or "" for part in self._parser.parse_stream_chunk(text))
+        if last:
+            more, rest = self._parser.parse_stream_end()
+            thoughts, answer = thoughts + (more or ""), answer + (rest or "")
+        self.found = self.found or thoughts != ""
+        self.over = self.over or answer != ""
+        return thoughts, answer

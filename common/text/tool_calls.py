@@ -37,11 +37,13 @@ class ToolCalls:
         """Whether a call has gone out."""
         return bool(self._sent)
 
-    def add(self, text: str) -> tuple[str, list[ToolCallDelta]]:
-        """The text, and what is new of calls, that `text` decides: the text of one token, or a little more."""
+    def add(self, text: str, *, last: bool = False) -> tuple[str, list[ToolCallDelta]]:
+        """The text, and what is new of calls, that `text` decides: the text of one token, or a little more. After the
+        last, nothing is held back."""
         self._text += text
-        plain, deltas = "", []
-        while True:  # it may say the name of a call first, and its arguments when asked again
+        plain, deltas = "", list[ToolCallDelta]()
+        more = text != ""
+        while more:  # it may say the name of a call first, and its arguments when asked again
             normal, items = self._parse(text)
             deltas += [self._delta(item.tool_index, item.name, _arguments(item.parameters)) for item in items]
             # Around a call, parsers give out what belongs to it, and they drop text that looks like one. So from where
@@ -49,11 +51,13 @@ class ToolCalls:
             if not self._sent and self._text.startswith(self._given + normal):
                 self._given += normal
                 plain += normal
-            if not (normal or items):
-                return plain, self._allowed(deltas)
-            text = ""
+            text, more = "", bool(normal or items)
+        if last:
+            rest, held_back = self._rest()
+            plain, deltas = plain + rest, deltas + held_back
+        return plain, deltas if self._parallel else [delta for delta in deltas if delta.index == 0]
 
-    def flush(self) -> tuple[str, list[ToolCallDelta]]:
+    def _rest(self) -> tuple[str, list[ToolCallDelta]]:
         """What was held back."""
         normal, calls = self._whole()
         if not calls:
@@ -66,10 +70,7 @@ class ToolCalls:
             elif arguments.startswith(sent) and arguments != sent:
                 deltas.append(self._delta(index, None, arguments[len(sent) :]))
         rest = normal[len(self._given) :] if normal.startswith(self._given) else ""
-        return rest, self._allowed(deltas)
-
-    def _allowed(self, deltas: list[ToolCallDelta]) -> list[ToolCallDelta]:
-        return deltas if self._parallel else [delta for delta in deltas if delta.index == 0]
+        return rest, deltas
 
     def _parse(self, text: str) -> tuple[str, list[Any]]:
         result = self._stream.parse_streaming_increment(text, self._tools)
@@ -113,16 +114,14 @@ class NamedCall:
         self._name = name
         self.found = False
 
-    def add(self, text: str) -> tuple[str, list[ToolCallDelta]]:
+    def add(self, text: str, *, last: bool = False) -> tuple[str, list[ToolCallDelta]]:
         """As in ToolCalls."""
+        if not text:
+            return "", []
         if self.found:
             return "", [ToolCallDelta(index=0, function=FunctionDelta(arguments=text))]
         self.found = True
         return "", [_begin(0, self._name, text)]
-
-    def flush(self) -> tuple[str, list[ToolCallDelta]]:
-        """As in ToolCalls."""
-        return "", []
 
 
 def _begin(index: int, name: str, arguments: str) -> ToolCallDelta:

@@ -62,7 +62,7 @@ from common.openai_request import (
 )
 from common.remote import Remote, linked
 from common.service import Service, parser, run
-from common.text.answer import Answer, Completion
+from common.text.answer import Answer
 from common.text.chat_model import ChatModel
 from common.text.generation import Generation, best, check_ids, generations_of, resume, routing_of, usage_of
 from common.text.limits import Limits
@@ -74,6 +74,8 @@ from common.text.tool_calls import constraint_of, tool_calls_of
 from common.tracing import span
 
 from dynamo.runtime import Context, DistributedRuntime, dynamo_worker
+from msgspec import UNSET
+from msgspec.structs import replace
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +133,7 @@ class Processor:
             answer=request.add_generation_prompt is not False,
             go_on=request.continue_final_message,
         )
-        completion = Completion(f"chatcmpl-{context.id()}", self._model.name, self._fingerprint)
+        completion = self._completion(f"chatcmpl-{context.id()}")
         generations = generations_of(request, [prompt], constraint)
         answers = [
             Answer(
@@ -156,9 +158,9 @@ class Processor:
         prompts = [await self._encode(each, context) if isinstance(each, str) else each for each in request.prompts]
         for prompt in prompts:
             check_ids(prompt, self._model.tokenizer.get_vocab_size())
-        completion = Completion(f"cmpl-{context.id()}", self._model.name, self._fingerprint)
+        completion = self._completion(f"cmpl-{context.id()}")
         generations = generations_of(request, prompts, constraint)
-        begins = [self._begin(request, generation) for generation in generations]
+        begins = [self._model.tokenizer.decode(each.tokens) if request.echo else "" for each in generations]
         answers = [
             Answer(self._model, request, completion, index=index, begin=begin) for index, begin in enumerate(begins)
         ]
@@ -201,12 +203,19 @@ class Processor:
         """The token ids of a text that no template has written."""
         return await _aside(context, len(text), self._model.encode, text, add_special_tokens=special, param="prompt")
 
-    def _begin(self, request: CompletionRequest, generation: Generation) -> str:
-        """The prompt, if the answer is to begin with it."""
-        return self._model.tokenizer.decode(generation.tokens) if request.echo else ""
+    def _completion(self, name: str) -> ChatCompletionChunk:
+        """What all chunks of the answers to a request have in common."""
+        now = int(time.time())
+        return ChatCompletionChunk(
+            id=name, created=now, model=self._model.name, system_fingerprint=self._fingerprint, choices=[]
+        )
 
     async def _answers(
-        self, generations: Sequence[Generation], answers: Sequence[Answer], completion: Completion, context: Context
+        self,
+        generations: Sequence[Generation],
+        answers: Sequence[Answer],
+        completion: ChatCompletionChunk,
+        context: Context,
     ) -> AsyncGenerator[ChatCompletionChunk]:
         """Yield the chunks of all answers as they come, then the usage."""
         record = "x-record" in context.metadata
@@ -220,11 +229,8 @@ class Processor:
                         chunk.routing.prompt = generations[0].blocks(self._identity.block_size)
                     yield chunk
         usage = usage_of(generations, answers)
-        chunk = completion.chunk([])
-        chunk.usage = usage.encode()
-        if routing := routing_of(generations, self._identity.block_size):
-            chunk.routing = routing
-        yield chunk
+        routing = routing_of(generations, self._identity.block_size)
+        yield replace(completion, usage=usage.encode(), routing=routing or UNSET)
         log_request(
             log,
             context,
@@ -251,7 +257,6 @@ class Processor:
     async def _generate(self, generation: Generation, context: Context) -> AsyncGenerator[EngineOutput]:
         """Yield what a worker generates; if it fails, what another one generates from there on."""
         if generation.request.token_limit == 0:
-            generation.decided.set()
             yield EngineOutput(finish_reason="length")
             return
         if generation.beside:
@@ -285,17 +290,17 @@ class Processor:
             async with aclosing(generation.traced(stream, context)) as outputs:
                 async for output in outputs:
                     if output.finish_reason == "cancelled":
-                        raise _gave_up(decision, context)
+                        raise Unavailable(f"worker {decision.worker_id} stopped in the middle of an answer")
                     if output.finish_reason:
                         output.finish_reason = _finish_reason(output.finish_reason)
                     generation.add(output)
                     yield output
                     if generation.finished:
                         return
-            if context.is_stopped():
-                raise Cancelled("the caller went away")
             raise Internal("it ended its stream without a finish_reason")
         except Unavailable as error:
+            if context.is_stopped():
+                raise Cancelled("the caller went away") from error
             if isinstance(error, Lost) and generation.generated == before:
                 generation.victims += 1
             if generation.victims >= VICTIMS:
@@ -345,13 +350,6 @@ def _finish_reason(reason: str | dict[str, object]) -> str:
             raise Internal(f"it ended with {reason}")
 
 
-def _gave_up(decision: RoutingDecision, context: Context) -> Cancelled | Unavailable:
-    """Why a worker ended a request before its time."""
-    if context.is_stopped():
-        return Cancelled("the caller went away")
-    return Unavailable(f"worker {decision.worker_id} stopped in the middle of an answer")
-
-
 @dynamo_worker()
 async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     resolved = resolve_model(args.model)
@@ -368,7 +366,6 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
         reasoning_parser=args.reasoning_parser,
         allow_special_tokens=args.allow_special_tokens,
     )
-    coalescer = Coalescer(args.coalesce_ms)
     log.info("parsers: tool_calls=%s reasoning=%s", *model.parsers)
     async with Service(runtime, drain_seconds=args.drain_seconds) as service:
         feed = Feed(process.connection_id(), service.stopped)
@@ -377,7 +374,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
             identity,
             routers=Routers(router, status, engines.instance_ids, Limits.of(args)),
             engines=engines,
-            coalescer=coalescer,
+            coalescer=Coalescer(args.coalesce_ms),
             feed=feed,
             migration_limit=args.migration_limit,
         )

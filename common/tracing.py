@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 if TYPE_CHECKING:
     from dynamo.runtime import Context
-    from opentelemetry.context import Context as SpanContexts
     from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
     from opentelemetry.trace import Span, Tracer
@@ -198,16 +197,22 @@ def span(
     """
     if _tracer is None or not (root or traceparent_of(context)):
         return _NO_STAGE
-    return _leaf(name, context, kind, attributes) if leaf else _span(name, context, kind, attributes)
+    return _begun(name, context, kind, leaf, attributes)
 
 
 @contextmanager
-def _leaf(name: str, context: "Context", kind: Kind, attributes: dict[str, str | int | float]) -> Generator[Stage]:
+def _begun(
+    name: str, context: "Context", kind: Kind, leaf: bool, attributes: dict[str, str | int | float]
+) -> Generator[Stage]:
     from opentelemetry.trace import SpanKind
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     assert _tracer
-    parent = _below(traceparent_of(context))
+    before = traceparent_of(context)
+    parent = TraceContextTextMapPropagator().extract({"traceparent": before} if before else {})
     stage = Stage(_tracer.start_span(name, parent, SpanKind[kind.upper()], attributes))
+    if not leaf:
+        own = context.metadata["traceparent"] = stage.traceparent
     try:
         yield stage
     except GeneratorExit:
@@ -216,30 +221,9 @@ def _leaf(name: str, context: "Context", kind: Kind, attributes: dict[str, str |
         stage.fail(error)
         raise
     finally:
-        stage.end()
-
-
-@contextmanager
-def _span(name: str, context: "Context", kind: Kind, attributes: dict[str, str | int | float]) -> Generator[Stage]:
-    before = traceparent_of(context)
-    with _leaf(name, context, kind, attributes) as stage:
-        own = context.metadata["traceparent"] = stage.traceparent
-        try:
-            yield stage
-        finally:
+        if not leaf:
             context.metadata["traceparent"] = before or own
-
-
-def _below(traceparent: str | None) -> "SpanContexts":
-    """What OpenTelemetry takes for a parent: the span that a valid traceparent names, or none."""
-    from opentelemetry.context import Context as SpanContexts
-    from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
-
-    if traceparent is None:
-        return SpanContexts()
-    _, trace, parent, flags = traceparent.split("-")
-    remote = SpanContext(int(trace, 16), int(parent, 16), is_remote=True, trace_flags=TraceFlags(int(flags, 16)))
-    return set_span_in_context(NonRecordingSpan(remote), SpanContexts())
+        stage.end()
 
 
 @contextmanager
@@ -252,9 +236,7 @@ def exporting() -> Iterator[None]:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     # It writes a line and a traceback for each batch that it cannot send; we say it once.
-    logger = logging.getLogger("opentelemetry")
-    logger.addHandler(logging.NullHandler())
-    logger.propagate = False
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL + 1)
     try:
         with recording(BatchSpanProcessor(cast("SpanExporter", Plainly(OTLPSpanExporter())))):
             yield

@@ -1,15 +1,12 @@
 """One answer on its way from tokens to chunks."""
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from common.messages import EngineOutput, PromptTokensDetails, RoutingDecision, Usage
 from common.openai_api import (
     ChatCompletionChunk,
     ChunkChoice,
     Delta,
-    FunctionDelta,
     Logprobs,
     Routing,
     TokenLogprob,
@@ -22,24 +19,7 @@ from common.text.reasoning import Reasoning
 from common.text.stop_strings import StopStrings
 from common.text.tool_calls import NamedCall, ToolCalls, together
 
-
-@dataclass(slots=True, frozen=True)
-class Completion:
-    """What all chunks of the answers to a request have in common."""
-
-    id: str
-    model: str
-    system_fingerprint: str | None
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def chunk(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
-        return ChatCompletionChunk(
-            id=self.id,
-            created=self.created,
-            model=self.model,
-            system_fingerprint=self.system_fingerprint,
-            choices=choices,
-        )
+from msgspec.structs import replace
 
 
 class Answer:
@@ -50,7 +30,7 @@ class Answer:
         self,
         model: ChatModel,
         request: GenerationRequest,
-        completion: Completion,
+        completion: ChatCompletionChunk,
         *,
         index: int = 0,
         reasoning: Reasoning | None = None,
@@ -58,8 +38,8 @@ class Answer:
         old_calls: bool = False,
         begin: str = "",
     ) -> None:
-        """index: among the answers to the request; old_calls: write tool calls in their old form, `function_call`;
-        begin: text that comes before what the engine says."""
+        """completion: what all chunks have in common; index: among the answers to the request; old_calls: write tool
+        calls in their old form, `function_call`; begin: text that comes before what the engine says."""
         self._model = model
         # Which are no part of the text.
         self._ends = {*(request.stop_token_ids or ()), *(() if request.ignore_eos else model.eos_token_ids)}
@@ -101,26 +81,17 @@ class Answer:
             self.prompt_details = Usage.received(output.completion_usage).prompt_tokens_details
         self._token_ids += output.token_ids
         before = self.tokens
-        for token_ids in self._portions(output.token_ids):
+        for token_ids in [[token] for token in output.token_ids] if self._one_by_one else [output.token_ids]:
+            if self._stops.found:  # the engine was faster than we
+                break
             self._add_tokens(token_ids)
         if output.log_probs is not None:
             self._note_logprobs(output, self.tokens - before)
         if self._stops.found:
-            self.finish_reason = "stop"
+            self._end("stop", "")
         elif output.finish_reason:
-            self.finish_reason = str(output.finish_reason)
-            self._write(self._stops.add(self._detokenizer.flush()) + self._stops.flush())
-        if self.finish_reason:
-            self._flush()
+            self._end(str(output.finish_reason), self._stops.add(self._detokenizer.flush()) + self._stops.flush())
         return self._chunk(decision)
-
-    def _portions(self, token_ids: Sequence[int]) -> Iterator[Sequence[int]]:
-        if not self._one_by_one:
-            yield token_ids
-            return
-        for token_id in token_ids:
-            if not self._stops.found:  # else the engine was faster than we
-                yield [token_id]
 
     def _add_tokens(self, token_ids: Sequence[int]) -> None:
         self.tokens += len(token_ids)
@@ -128,32 +99,20 @@ class Answer:
         if self._reasoning and not self._reasoning.over:
             self._reasoning.tokens += len(token_ids)
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str, *, last: bool = False) -> None:
         if self._reasoning:
-            thoughts, text = self._reasoning.add(text)
+            thoughts, text = self._reasoning.add(text, last=last)
             self._thoughts += thoughts
-        self._answer(text)
-
-    def _answer(self, text: str) -> None:
-        if self._tool_calls and text:
-            text, calls = self._tool_calls.add(text)
-            self._calls += calls
-        self._text += self._plain(text)
-
-    def _flush(self) -> None:
-        if self._reasoning:
-            thoughts, text = self._reasoning.flush()
-            self._thoughts += thoughts
-            self._answer(text)
         if self._tool_calls:
-            text, calls = self._tool_calls.flush()
-            self._text += self._plain(text)
+            text, calls = self._tool_calls.add(text, last=last)
             self._calls += calls
-            if self._tool_calls.found and self.finish_reason == "stop":
-                self.finish_reason = "function_call" if self._old_calls else "tool_calls"
+        self._text += self._hidden.sub("", text) if self._hidden else text
 
-    def _plain(self, text: str) -> str:
-        return self._hidden.sub("", text) if self._hidden else text
+    def _end(self, reason: str, text: str) -> None:
+        self._write(text, last=True)
+        if reason == "stop" and self._tool_calls and self._tool_calls.found:
+            reason = "function_call" if self._old_calls else "tool_calls"
+        self.finish_reason = reason
 
     def _note_logprobs(self, output: EngineOutput, counted: int) -> None:
         self.logprob += sum((output.log_probs or [])[:counted])
@@ -163,20 +122,20 @@ class Answer:
 
     def _chunk(self, decision: RoutingDecision | None) -> ChatCompletionChunk | None:
         """The chunk with what has gathered."""
-        text, thoughts, calls = self._text, self._thoughts, self._calls
+        text, thoughts, calls = self._text, self._thoughts, together(self._calls)
         if self._begun and not (text or thoughts or calls or self.finish_reason):
             return None
         delta = Delta(content=text or (None if thoughts or calls else ""), reasoning_content=thoughts or None)
-        if calls and self._old_calls:
-            delta.function_call = _old_call([call for call in calls if call.index == 0])
-        elif calls:
-            delta.tool_calls = together(calls)
+        if self._old_calls:  # there can be one only
+            delta.function_call = next((call.function for call in calls if call.index == 0), None)
+        else:
+            delta.tool_calls = calls or None
         if not self._begun:
             delta.role = "assistant"
         choice = ChunkChoice(index=self.index, delta=delta, finish_reason=self.finish_reason, token_ids=self._token_ids)
         if self._logprobs or (self._wanted_logprobs is not None and not self._begun):
             choice.logprobs = Logprobs(content=self._logprobs)
-        chunk = self._completion.chunk([choice])
+        chunk = replace(self._completion, choices=[choice])
         if not self._begun and decision:
             details = self.prompt_details
             chunk.routing = Routing(
@@ -196,9 +155,3 @@ class Answer:
         self.finish_reason = so_far.finish_reason
         if cached_tokens is not None:
             self.prompt_details = PromptTokensDetails(cached_tokens=cached_tokens)
-
-
-def _old_call(calls: Sequence[ToolCallDelta]) -> FunctionDelta | None:
-    """The one call that an answer can have in the old form."""
-    arguments = "".join(call.function.arguments or "" for call in calls)
-    return FunctionDelta(name=calls[0].function.name, arguments=arguments) if calls else None

@@ -68,11 +68,6 @@ class Generation:
         return len(self.tokens) - self.prompt_tokens
 
     @property
-    def beside_instance(self) -> int | None:
-        """The worker of the other answer to this prompt."""
-        return self.beside.decision.instance_id if self.beside and self.beside.decision else None
-
-    @property
     def seed(self) -> int | None:
         """Its own, or all answers to a prompt would be the same one; as a signed number of 64 bits."""
         if self.request.seed is None:
@@ -140,7 +135,7 @@ class Generation:
             session=_session(metadata.get("x-session-id") or request.prompt_cache_key or request.user),
             priority=_priority(metadata.get("x-priority") or "0"),
             excluded=self.failed,
-            beside=self.beside_instance,
+            beside=self.beside.decision.instance_id if self.beside and self.beside.decision else None,
             begun=self.generated > 0 or self.beside is not None,
         )
 
@@ -212,7 +207,7 @@ def check_ids(prompt: Sequence[int], vocabulary: int) -> None:
 def generations_of(
     request: GenerationRequest, prompts: Sequence[list[int]], constraint: dict[str, Any] | None
 ) -> list[Generation]:
-    """`each` answers to each of `prompts`, those to one prompt on one worker."""
+    """All answers to each of `prompts`, those to one prompt on one worker."""
     logprobs = request.wanted_logprobs
     if request.drafts > request.choices and logprobs is None:  # to know which are the best
         logprobs = 0

@@ -21,26 +21,18 @@ async def merged(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[Item
     items: asyncio.Queue[Item | None] = asyncio.Queue()
 
     async def read(stream: AsyncGenerator[Item]) -> None:
-        try:
-            async with aclosing(stream):
-                async for read_item in stream:
-                    items.put_nowait(read_item)
-        finally:
-            items.put_nowait(None)
+        async with aclosing(stream):
+            async for read_item in stream:
+                items.put_nowait(read_item)
 
     reading = [asyncio.create_task(read(stream)) for stream in streams]
+    over = asyncio.gather(*reading)  # once all have ended, or one has failed
+    over.add_done_callback(lambda _: items.put_nowait(None))
     try:
-        ended = 0
-        while ended < len(reading):
-            item = await items.get()
-            if item is not None:
-                yield item
-                continue
-            ended += 1
-            for task in reading:
-                if task.done():
-                    task.result()
+        while (item := await items.get()) is not None:
+            yield item
+        over.result()
     finally:
         for task in reading:
             task.cancel()
-        await asyncio.gather(*reading, return_exceptions=True)
+        await asyncio.gather(over, *reading, return_exceptions=True)

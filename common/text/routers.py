@@ -144,10 +144,8 @@ class Routers:
         choices = self._known.keys() - set(wanted.excluded)
         if wanted.beside in choices:
             choices = {wanted.beside}
-        if not choices:
-            return None
-        fewest = min(self._requests[instance_id] for instance_id in choices)
-        return self._known[random.choice([one for one in choices if self._requests[one] == fewest])]
+        chosen = min(choices, key=lambda one: (self._requests[one], random.random()), default=None)
+        return None if chosen is None else self._known[chosen]
 
     @contextmanager
     def _unrouted(self, known: RoutingDecision) -> Iterator[RoutingDecision]:

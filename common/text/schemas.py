@@ -24,10 +24,7 @@ _OF_NUMBERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _OF_TEXTS = {"minLength", "maxLength", "pattern", "format"}
 _OF_OBJECTS = {"minProperties", "maxProperties", "patternProperties", "propertyNames"}
 _TYPED = {*_OF_NUMBERS, *_OF_TEXTS, *_OF_OBJECTS, "minItems", "maxItems"}
-_OTHERS = {
-    *("properties", "required", "additionalProperties", "items", "prefixItems"),
-    *_TYPED,
-}
+_OTHERS = {"properties", "required", "additionalProperties", "items", "prefixItems", *_TYPED}
 # and none of them in a schema that has one of these.
 _ALONE = ("$ref", "allOf", "anyOf", "oneOf", "enum", "const")
 

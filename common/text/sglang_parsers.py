@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 from common.errors import StartupError
 
 AUTO, NONE = "auto", "none"
+# Its modules with parsers of tool calls, of those that a grammar has forced, and so are JSON, and of reasoning.
+TOOL_CALLS = "sglang.srt.function_call.function_call_parser"
+FORCED_CALLS = "sglang.srt.function_call.json_array_parser"
+REASONING = "sglang.srt.parser.reasoning_parser"
 # What stands in the templates of models that SGLang's detection does not know, and how these write tool calls.
 _MARKS = {"[TOOL_CALLS]": "mistral", "<|python_tag|>": "llama3", "<tool_call>": "qwen25"}
 
@@ -26,31 +30,6 @@ class ParserNames(NamedTuple):
     reasoning: str | None
 
 
-@functools.cache
-def function_calls() -> Any:
-    """The module with SGLang's parsers of tool calls."""
-    return _module("sglang.srt.function_call.function_call_parser")
-
-
-@functools.cache
-def json_calls() -> Any:
-    """The module with its parser of calls that a grammar has forced, and so are JSON."""
-    return _module("sglang.srt.function_call.json_array_parser")
-
-
-@functools.cache
-def reasoning() -> Any:
-    """The module with its parsers of reasoning."""
-    return _module("sglang.srt.parser.reasoning_parser")
-
-
-def tool_constraint(tools: Any, parallel: bool) -> dict[str, Any]:
-    """The JSON schema of calls that have to be made, as SGLang has it: an array of `{"name": …, "parameters": …}`."""
-    utils: Any = _module("sglang.srt.function_call.utils")
-    schema: dict[str, Any] = utils.get_json_schema_constraint(tools, "required", parallel_tool_calls=parallel)
-    return schema
-
-
 def choose(tool_calls: str, reasons: str, tokenizer: Any) -> ParserNames:
     """The parsers by the names that were given, where "auto" is what SGLang sees in the model's chat template.
 
@@ -59,7 +38,7 @@ def choose(tool_calls: str, reasons: str, tokenizer: Any) -> ParserNames:
     template = str(tokenizer.chat_template)
     detection: Any = None
     if AUTO in (tool_calls, reasons) and re.search("tool|think|reason", template):
-        detection = _module("sglang.srt.parser.template_detection")
+        detection = module("sglang.srt.parser.template_detection")
     always, config = detection.detect_reasoning_pattern(template) if detection else (False, None)
     if tool_calls == AUTO:
         marked = next((parser for mark, parser in _MARKS.items() if mark in template), NONE)
@@ -67,9 +46,9 @@ def choose(tool_calls: str, reasons: str, tokenizer: Any) -> ParserNames:
     if reasons == AUTO:
         reasons = (detection and detection.detect_reasoning_parser(template, tokenizer, config, always)) or NONE
     if tool_calls != NONE:
-        _check(tool_calls, function_calls().FunctionCallParser.ToolCallParserEnum, "--tool-call-parser")
+        _check(tool_calls, module(TOOL_CALLS).FunctionCallParser.ToolCallParserEnum, "--tool-call-parser")
     if reasons != NONE:
-        _check(reasons, reasoning().ReasoningParser.DetectorMap, "--reasoning-parser")
+        _check(reasons, module(REASONING).ReasoningParser.DetectorMap, "--reasoning-parser")
     return ParserNames(None if tool_calls == NONE else tool_calls, None if reasons == NONE else reasons)
 
 
@@ -78,8 +57,9 @@ def _check(name: str, known: dict[str, Any], option: str) -> None:
         raise StartupError(f"{option} {name}: SGLang has no such parser; it has {', '.join(sorted(known))}")
 
 
-def _module(name: str) -> Any:
-    """A module of SGLang. Raises StartupError if that is not installed."""
+@functools.cache
+def module(name: str) -> Any:
+    """A module of SGLang, by its name. Raises StartupError if that is not installed."""
     if "sglang" not in sys.modules:
         _enter("sglang")
         xgrammar = _enter("xgrammar")

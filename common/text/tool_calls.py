@@ -4,21 +4,14 @@ import json
 import logging
 import uuid
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.errors import InvalidRequest
 from common.openai_api import FunctionDelta, ToolCallDelta
 from common.openai_request import ANY, ChatCompletionRequest, Function
-from common.text import sglang_parsers
+from common.text.sglang_parsers import FORCED_CALLS, TOOL_CALLS, module
 
 log = logging.getLogger(__name__)
-
-
-class _Call(NamedTuple):
-    """A whole call."""
-
-    name: str
-    arguments: str  # JSON
 
 
 class ToolCalls:
@@ -37,18 +30,20 @@ class ToolCalls:
         self._stream = self._parser()
         self._text = ""
         self._given = ""  # of the text, as text
-        self._sent: list[_Call] = []  # of each call, what has gone out
+        self._sent: list[str] = []  # of the arguments of each call, what has gone out
 
     @property
     def found(self) -> bool:
         """Whether a call has gone out."""
         return bool(self._sent)
 
-    def add(self, text: str) -> tuple[str, list[ToolCallDelta]]:
-        """The text, and what is new of calls, that `text` decides: the text of one token, or a little more."""
+    def add(self, text: str, *, last: bool = False) -> tuple[str, list[ToolCallDelta]]:
+        """The text, and what is new of calls, that `text` decides: the text of one token, or a little more. After the
+        last, nothing is held back."""
         self._text += text
-        plain, deltas = "", []
-        while True:  # it may say the name of a call first, and its arguments when asked again
+        plain, deltas = "", list[ToolCallDelta]()
+        more = text != ""
+        while more:  # it may say the name of a call first, and its arguments when asked again
             normal, items = self._parse(text)
             deltas += [self._delta(item.tool_index, item.name, _arguments(item.parameters)) for item in items]
             # Around a call, parsers give out what belongs to it, and they drop text that looks like one. So from where
@@ -56,57 +51,55 @@ class ToolCalls:
             if not self._sent and self._text.startswith(self._given + normal):
                 self._given += normal
                 plain += normal
-            if not (normal or items):
-                return plain, self._allowed(deltas)
-            text = ""
+            text, more = "", bool(normal or items)
+        if last:
+            rest, held_back = self._rest()
+            plain, deltas = plain + rest, deltas + held_back
+        return plain, deltas if self._parallel else [delta for delta in deltas if delta.index == 0]
 
-    def flush(self) -> tuple[str, list[ToolCallDelta]]:
+    def _rest(self) -> tuple[str, list[ToolCallDelta]]:
         """What was held back."""
         normal, calls = self._whole()
         if not calls:
             normal = "" if self._sent else self._text
         deltas = []
-        for index, call in enumerate(calls):
-            sent = self._sent[index].arguments if index < len(self._sent) else ""
-            if index >= len(self._sent):
-                deltas.append(self._delta(index, call.name, call.arguments))
-            elif call.arguments.startswith(sent) and len(call.arguments) > len(sent):
-                deltas.append(self._delta(index, None, call.arguments[len(sent) :]))
+        for index, (name, arguments) in enumerate(calls):
+            sent = self._sent[index] if index < len(self._sent) else None
+            if sent is None:
+                deltas.append(self._delta(index, name, arguments))
+            elif arguments.startswith(sent) and arguments != sent:
+                deltas.append(self._delta(index, None, arguments[len(sent) :]))
         rest = normal[len(self._given) :] if normal.startswith(self._given) else ""
-        return rest, self._allowed(deltas)
-
-    def _allowed(self, deltas: list[ToolCallDelta]) -> list[ToolCallDelta]:
-        return deltas if self._parallel else [delta for delta in deltas if delta.index == 0]
+        return rest, deltas
 
     def _parse(self, text: str) -> tuple[str, list[Any]]:
         result = self._stream.parse_streaming_increment(text, self._tools)
         return result.normal_text or "", [item for item in result.calls if item.name or item.parameters]
 
-    def _whole(self) -> tuple[str, list[_Call]]:
-        """The text and the calls of the whole answer."""
+    def _whole(self) -> tuple[str, list[tuple[str, str]]]:
+        """The text of the whole answer, and the name and the arguments of each call in it."""
         try:
             if self._name:
                 result = self._parser().detect_and_parse(self._text, self._tools)
-                return result.normal_text, [_Call(item.name, _arguments(item.parameters)) for item in result.calls]
+                return result.normal_text, [(item.name, _arguments(item.parameters)) for item in result.calls]
             written = json.loads(self._text)
             calls = written if isinstance(written, list) else [written]
-            return "", [_Call(call["name"], json.dumps(call["parameters"], ensure_ascii=False)) for call in calls]
+            return "", [(call["name"], json.dumps(call["parameters"], ensure_ascii=False)) for call in calls]
         except Exception as error:  # a parser can fail in any way at an answer that was cut off
             log.debug("no whole tool calls: %r", error)
             return "", []
 
     def _delta(self, index: int, name: str | None, arguments: str) -> ToolCallDelta:
         if name is None or index < len(self._sent):
-            call = self._sent[index]
-            self._sent[index] = _Call(call.name, call.arguments + arguments)
+            self._sent[index] += arguments
             return ToolCallDelta(index=index, function=FunctionDelta(arguments=arguments))
-        self._sent.append(_Call(name, arguments))
+        self._sent.append(arguments)
         return _begin(index, name, arguments)
 
     def _parser(self) -> Any:
         if not self._name:
-            return sglang_parsers.json_calls().JsonArrayParser()
-        return sglang_parsers.function_calls().FunctionCallParser(self._tools, self._name).detector
+            return module(FORCED_CALLS).JsonArrayParser()
+        return module(TOOL_CALLS).FunctionCallParser(self._tools, self._name).detector
 
 
 def _arguments(written: str) -> str:
@@ -121,16 +114,14 @@ class NamedCall:
         self._name = name
         self.found = False
 
-    def add(self, text: str) -> tuple[str, list[ToolCallDelta]]:
+    def add(self, text: str, *, last: bool = False) -> tuple[str, list[ToolCallDelta]]:
         """As in ToolCalls."""
+        if not text:
+            return "", []
         if self.found:
             return "", [ToolCallDelta(index=0, function=FunctionDelta(arguments=text))]
         self.found = True
         return "", [_begin(0, self._name, text)]
-
-    def flush(self) -> tuple[str, list[ToolCallDelta]]:
-        """As in ToolCalls."""
-        return "", []
 
 
 def _begin(index: int, name: str, arguments: str) -> ToolCallDelta:
@@ -175,13 +166,14 @@ def constraint_of(request: ChatCompletionRequest, parser: str | None) -> dict[st
     functions = request.callable_functions
     try:
         if request.must_call == ANY:
-            return {"json": sglang_parsers.tool_constraint(_sglang_tools(functions), parallel)}
+            schema_of = module("sglang.srt.function_call.utils").get_json_schema_constraint
+            return {"json": schema_of(_sglang_tools(functions), "required", parallel_tool_calls=parallel)}
         if request.must_call:
             named = next(function for function in functions if function.name == request.must_call)
             return {"json": named.parameters or {"type": "object", "additionalProperties": False}}
         if request.constraint or not parser or not any(function.strict for function in functions):
             return request.constraint
-        made = sglang_parsers.function_calls().FunctionCallParser(_sglang_tools(functions), parser)
+        made = module(TOOL_CALLS).FunctionCallParser(_sglang_tools(functions), parser)
         kind, form = made.get_structure_constraint("auto", parallel)
     except (ValueError, TypeError) as error:
         raise InvalidRequest(f"tools: {error}", param="tools") from error
@@ -189,5 +181,5 @@ def constraint_of(request: ChatCompletionRequest, parser: str | None) -> dict[st
 
 
 def _sglang_tools(functions: Sequence[Function]) -> list[Any]:
-    tool: Any = sglang_parsers.function_calls().Tool
+    tool: Any = module(TOOL_CALLS).Tool
     return [tool(type="function", function=function.model_dump(exclude_none=True)) for function in functions]

@@ -11,7 +11,7 @@ ANSWER = "\n\nIt is 2."
 
 def thought(parser: str, prompt: str, pieces: list[str]) -> tuple[str, str]:
     reasoning = Reasoning(parser, prompt)
-    parts = [*map(reasoning.add, pieces), reasoning.flush()]
+    parts = [*map(reasoning.add, pieces), reasoning.add("", last=True)]
     return "".join(thoughts for thoughts, _ in parts), "".join(text for _, text in parts)
 
 

@@ -80,7 +80,7 @@ def found(parser: str | None, pieces: Sequence[str], **options: Any) -> tuple[st
     """The text, and name and arguments of each call, put together as clients do it."""
     tool_calls = ToolCalls([WEATHER, STOP], parser, **options)
     text, calls, ids = "", dict[int, tuple[str, str]](), set[str]()
-    for part, deltas in [*map(tool_calls.add, pieces), tool_calls.flush()]:
+    for part, deltas in [*map(tool_calls.add, pieces), tool_calls.add("", last=True)]:
         text += part
         for delta in deltas:
             assert delta.index is not None
@@ -151,7 +151,7 @@ def test_one_call_is_all_that_goes_on_where_only_one_is_wanted(parser: str) -> N
 def test_parts_of_a_call_that_go_out_at_once_are_one() -> None:
     tool_calls = ToolCalls([WEATHER, STOP], "hermes")
     parts = [delta for piece in (*HERMES, *HERMES_STOP) for delta in tool_calls.add(piece)[1]]
-    first, second = together([*parts, *tool_calls.flush()[1]])
+    first, second = together([*parts, *tool_calls.add("", last=True)[1]])
     assert (first.index, first.function.name, first.function.arguments) == (0, "get_weather", ARGUMENTS)
     assert (second.index, second.function.name, second.function.arguments) == (1, "stop", "{}")
 
@@ -178,7 +178,7 @@ def test_of_a_call_that_must_be_made_by_name_only_the_arguments_are_written() ->
     assert call
     deltas = [delta for piece in ("{", "}") for delta in call.add(piece)[1]]
     assert [(delta.function.name, delta.function.arguments) for delta in deltas] == [("stop", "{"), (None, "}")]
-    assert call.flush() == ("", [])
+    assert call.add("", last=True) == ("", [])
 
 
 def test_without_parallel_calls_there_is_one() -> None:

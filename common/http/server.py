@@ -15,7 +15,9 @@ from starlette.types import ASGIApp
 
 log = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 1  # for connections that are still busy once the requests have been answered or cut off
+ACCEPT_SECONDS = 0.05  # for connections that wait to be accepted, before the port is left
+REQUEST_SECONDS = 1.0  # for a connection that was accepted at the last moment to send its request
+CLOSE_SECONDS = 5  # for connections that are still busy once the requests have been answered or cut off
 KEEP_ALIVE_SECONDS = 75  # idle keep-alive; longer than most clients' and proxies'
 BACKLOG = 2048  # connections that may wait to be accepted
 
@@ -29,7 +31,7 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def listening(
-    app: ASGIApp, host: str, port: int, stopped: Callable[[], Awaitable[None]], *, reuse_port: bool = False
+    app: ASGIApp, host: str, port: int, stopped: Callable[[], Awaitable[object]], *, reuse_port: bool = False
 ) -> AsyncIterator[None]:
     """Serve HTTP while the block runs. Raises StartupError if nothing can listen there.
 
@@ -53,11 +55,22 @@ async def listening(
 
     async def leave_port() -> None:
         await stopped()
+        listener.listen(0)  # who comes now gets no answer, and asks again in a second, who else listens to the port
+        await asyncio.sleep(ACCEPT_SECONDS)
         for listening in server.servers:
             listening.close()
         listener.close()
         for headers in (config.encoded_headers, server.server_state.default_headers):
             headers.append((b"connection", b"close"))
+
+    async def first_requests() -> None:
+        """Return once all who have a connection have sent a request on it, or had the time to."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REQUEST_SECONDS):
+                while any(
+                    isinstance(one, BoundedProtocol) and not one.cycle for one in server.server_state.connections
+                ):
+                    await asyncio.sleep(0.01)
 
     with _listener(host, port, reuse_port) as listener:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -67,6 +80,7 @@ async def listening(
             yield
         finally:
             leaving.cancel()
+            await first_requests()
             for connection in list(server.server_state.connections):
                 connection.shutdown()  # the server itself would look for its end only a moment later
             server.should_exit = True

@@ -1,6 +1,7 @@
 """What a client may send is bounded before anything else sees it, and so is what it leaves unread."""
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -40,6 +41,30 @@ def play(scenario: Scenario, app: ASGIApp = echo) -> None:
             reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
             await asyncio.wait_for(scenario(reader, writer), 10)
             writer.close()
+
+    asyncio.run(run())
+
+
+def test_who_has_a_connection_as_the_port_is_left_gets_an_answer() -> None:
+    async def run() -> None:
+        (port,) = free_ports(1)
+        leave = asyncio.Event()
+        async with listening(echo, "127.0.0.1", port, leave.wait):
+            clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(5)]  # of which none is accepted yet
+            leave.set()
+            asking = asyncio.gather(*map(ask_late, clients))
+            await asyncio.sleep(0.1)
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection("127.0.0.1", port)
+        assert [answer[:15] for answer in await asking] == [b"HTTP/1.1 200 OK"] * 5
+
+    async def ask_late(client: socket.socket) -> bytes:
+        reader, writer = await asyncio.open_connection(sock=client)
+        await asyncio.sleep(0.2)
+        writer.write(BEGIN + b"content-length: 1\r\n\r\na")
+        answer = await reader.read()
+        writer.close()
+        return answer
 
     asyncio.run(run())
 

@@ -36,7 +36,6 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
 async def serve_sglang(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     from common.engines.sglang_engine import SglangEngine
 
-    service = Service(runtime, drain_seconds=args.drain_seconds)
     coalescer = Coalescer(args.coalesce_ms)
     generate = runtime.endpoint(GENERATE.path)
     model_path = resolve_model(args.model)
@@ -49,11 +48,10 @@ async def serve_sglang(runtime: DistributedRuntime, args: argparse.Namespace) ->
         stream_interval=args.stream_interval,
         gpu_memory_fraction=args.gpu_memory_fraction,
         deterministic=args.deterministic,
-        on_sigterm=service.stop,
     )
     try:
         await engine.connect(generate)
-        async with service:
+        async with Service(runtime, drain_seconds=args.drain_seconds) as service:
             announce(service, runtime, engine.info, demo=args.demo)
             service.model = engine.info.model.name
             service.add(generate, GENERATE, lambda *request: coalescer.coalesced(engine.generate(*request)))

@@ -126,13 +126,7 @@ class Failure(Message):
 
     @classmethod
     def of(cls, error: PipelineError) -> "Failure":
-        fields = ErrorFields(
-            kind=error.kind,
-            message=error.message,
-            code=error.code,
-            param=error.param,
-            retry_seconds=error.retry_seconds,
-        )
+        fields = ErrorFields.model_validate(error, from_attributes=True)
         return cls(error=fields, token_ids=[], finish_reason={"error": error.message})
 
     @property

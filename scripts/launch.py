@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ class Launcher:
                 own["gpu_memory_fraction"] = round(GPU_SHARE / len(range(number, count, gpus)), 3)
             part = self._program(f"engine {number}", f"serving {GENERATE.path} ", own)
             if gpus:
-                part.environment = {**part.environment, "CUDA_VISIBLE_DEVICES": devices[number % gpus]}
+                part.environment["CUDA_VISIBLE_DEVICES"] = devices[number % gpus]
             rows[number % len(rows)].append(part)
         return rows
 
@@ -206,32 +207,28 @@ class Launcher:
         if args.stage:
             own["processor"] = f"{NAMESPACE}.{args.stage.stem}.process"
             command = [sys.executable, str(args.stage), *options_of(service.parser(None), vars(args))]
-            stage = self._part(args.stage.stem, command, f"serving {own['processor']} ")
-            path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-            stage.environment = {**self._with_system_port(args.stage.stem), "PYTHONPATH": path}
-            parts.append(stage)
+            parts.append(self._part(args.stage.stem, command, f"serving {own['processor']} ", metrics=True))
         parts += [self._program(name, "listening on", own) for name in names("frontend", args.frontends)]
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) >= len(parts) + args.engines * len(args.models):  # one for each, and some for engines and servers
             for part, core in zip(parts, cores, strict=False):
-                part.environment = {**part.environment, service.CORE: str(core)}
+                part.environment[service.CORE] = str(core)
         return [[part] for part in parts]
 
     def _program(self, name: str, ready_text: str, own: Mapping[str, Any] | None = None) -> Part:
         """One of the four programs, the first word of `name`. own: values of options that are not the launch's."""
         program = name.split()[0]
         options = options_of(PARSERS[program](), {**vars(self._args), **(own or {})})
-        part = self._part(name, [sys.executable, str(REPOSITORY / f"{program}.py"), *options], ready_text)
-        part.environment = self._with_system_port(name)
-        return part
+        command = [sys.executable, str(REPOSITORY / f"{program}.py"), *options]
+        return self._part(name, command, ready_text, metrics=True)
 
-    def _with_system_port(self, name: str) -> dict[str, str]:
-        """The environment of a part that gets a port for its metrics."""
+    def _system_port(self, name: str) -> int:
+        """Claim the port for the metrics of a part."""
         for port in range(SYSTEM_PORT, 2**15):  # the runtime takes none that is higher
             with suppress(LaunchError):
                 self._claims.append(claim(port))
                 self._system_ports[name] = port
-                return {**self._environment, "DYN_SYSTEM_PORT": str(port)}
+                return port
         raise LaunchError(f"no port from {SYSTEM_PORT} to {2**15 - 1} is free for the metrics of {name}")
 
     def _scraper(self) -> list[Part]:
@@ -245,8 +242,12 @@ class Launcher:
         command = ["prometheus", f"--config.file={config}", *options]
         return [self._part("prometheus", command, "Server is ready to receive web requests")]
 
-    def _part(self, name: str, command: list[str], ready_text: str) -> Part:
-        return Part(name, command, ready_text, self._logs / f"{name.replace(' ', '-')}.log", self._environment)
+    def _part(self, name: str, command: list[str], ready_text: str, *, metrics: bool = False) -> Part:
+        """metrics: it shows some, at a port of its own."""
+        environment = dict(self._environment)
+        if metrics:
+            environment["DYN_SYSTEM_PORT"] = str(self._system_port(name))
+        return Part(name, command, ready_text, self._logs / f"{name.replace(' ', '-')}.log", environment)
 
     async def _check(self) -> str:
         """Ask each model a real question. Returns the first model's name; raises LaunchError."""
@@ -319,9 +320,7 @@ class Launcher:
     async def _end(self) -> None:
         """End the parts: first who asks, then who is asked."""
         print(CLEAR_LINE, end="", flush=True)
-        stage = self._args.stage and self._args.stage.stem
-        for kind in ("prometheus", "frontend", stage, "processor", "router", "engine", "etcd", "nats"):
-            parts = [part for part in self._parts if kind in (part.name, part.name.split()[0])]
+        for _, parts in groupby(reversed(self._parts), lambda part: part.name.split()[0]):
             await asyncio.gather(*(part.stop(self._args.drain_seconds + STOP_SECONDS) for part in parts))
         if self._parts:
             shutil.rmtree(self._data, ignore_errors=True)

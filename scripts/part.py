@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ TERMINAL = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 CLEAR_LINE = "\r\x1b[K" if TERMINAL else ""
 BOLD, RED, GREEN = 1, 31, 32  # as terminals number them
 ETCD_SECONDS = 2.0  # for etcd to forget a part that has died
-LAST_BYTES = 4096  # of a log, in which its last line is looked for
+LAST_CHARACTERS = 4096  # of a log, in which its last line is looked for
 
 _COLOUR = re.compile(r"\x1b\[[\d;]*[a-zA-Z]")
 # What lines of our programs and of SGLang begin with: when, how bad, and who.
@@ -57,7 +57,7 @@ class Part:
     command: Sequence[str]
     ready_text: str  # what its log says when it is ready
     log: Path
-    environment: Mapping[str, str]  # besides our own
+    environment: dict[str, str]  # besides our own
     process: asyncio.subprocess.Process | None = None
     ready: bool = False
     _log_start: int = 0
@@ -91,9 +91,7 @@ class Part:
         """The last line of its log that says what it is doing. A progress bar is a line written over and over."""
         if self.process is None:
             return ""
-        with self.log.open("rb") as log:
-            log.seek(max(self._log_start, self.log.stat().st_size - LAST_BYTES))
-            lines = _COLOUR.sub("", log.read().decode(errors="replace")).replace("\r", "\n").splitlines()
+        lines = _COLOUR.sub("", self._log_text()[-LAST_CHARACTERS:]).replace("\r", "\n").splitlines()
         line = next((line for line in reversed(lines) if line.strip() and not _NOISE.match(line)), "")
         return _PREAMBLE.sub("", line, count=1).strip()
 

@@ -1,12 +1,11 @@
 """What an engine tells routers: what it is, and everything that is in its KV cache."""
 
-import asyncio
 from collections.abc import AsyncIterator
 
 from common.engines.cache_account import CacheAccount
 from common.engines.ports import loopback
 from common.kv_events import KvEventStream, Update
-from common.messages import CacheSnapshot, DescribeRequest, SnapshotRequest, StoredBlocks, WorkerInfo
+from common.messages import CacheSnapshot, DescribeRequest, SnapshotRequest, WorkerInfo
 
 from dynamo.runtime import Context
 
@@ -42,13 +41,6 @@ class Announcement:
 
     async def snapshot(self, request: SnapshotRequest, context: Context) -> AsyncIterator[CacheSnapshot]:
         """Yield the whole account in parts."""
-        sequence, account = self._sequence, self._account.copy()
-        chains = await asyncio.to_thread(lambda: list(account.chains(PART_BLOCKS)))
-        part, blocks = list[StoredBlocks](), 0
-        for chain in chains:
-            if blocks + len(chain.block_ids) > PART_BLOCKS:
-                yield CacheSnapshot(sequence=sequence, chains=part)
-                part, blocks = [], 0
-            part.append(chain)
-            blocks += len(chain.block_ids)
-        yield CacheSnapshot(sequence=sequence, chains=part)
+        sequence = self._sequence
+        for chains in self._account.parts(PART_BLOCKS):
+            yield CacheSnapshot(sequence=sequence, chains=chains)

@@ -26,21 +26,15 @@ class CacheAccount:
             case AllBlocksCleared():
                 self._blocks = {}
 
-    def copy(self) -> "CacheAccount":
-        """The account as it is now."""
-        account = CacheAccount()
-        account._blocks = dict(self._blocks)
-        return account
-
-    def chains(self, longest: int) -> Iterator[StoredBlocks]:
-        """All blocks as chains of at most `longest`. They were stored as chains, so most follow each other here too."""
-        chain: StoredBlocks | None = None
-        for block_id, (parent_id, local_hash) in self._blocks.items():
-            if chain is None or chain.block_ids[-1] != parent_id or len(chain.block_ids) == longest:
-                if chain:
-                    yield chain
-                chain = StoredBlocks(parent_id=parent_id, block_ids=[], local_hashes=[])
-            chain.block_ids.append(block_id)
-            chain.local_hashes.append(local_hash)
-        if chain:
-            yield chain
+    def parts(self, most: int) -> Iterator[list[StoredBlocks]]:
+        """All blocks of this moment as chains, `most` blocks in a part. They were stored as chains, so most follow each
+        other here too. An empty cache is one empty part."""
+        blocks = list(self._blocks.items())
+        for first in range(0, len(blocks) or 1, most):
+            part: list[StoredBlocks] = []
+            for block_id, (parent_id, local_hash) in blocks[first : first + most]:
+                if not part or part[-1].block_ids[-1] != parent_id:
+                    part.append(StoredBlocks(parent_id=parent_id, block_ids=[], local_hashes=[]))
+                part[-1].block_ids.append(block_id)
+                part[-1].local_hashes.append(local_hash)
+            yield part

@@ -16,18 +16,14 @@ TRIES = 1000
 
 def loopback(address: str) -> str:
     """How a process reaches its own socket, whatever address it tells others ("tcp://host:port")."""
-    return f"tcp://127.0.0.1:{port_of(address)}"
+    return f"tcp://127.0.0.1:{urlsplit(address).port}"
 
 
 def bindable(address: str) -> str:
     """Where a process listens that others reach at "tcp://host:port": for this machine alone if that is how only
     it calls itself, else on all addresses, because others may know it by a name that it does not have here."""
-    return loopback(address) if urlsplit(address).hostname in LOCAL else f"tcp://*:{port_of(address)}"
-
-
-def port_of(address: str) -> int:
-    """The port of "tcp://host:port"."""
-    return int(address.rpartition(":")[2])
+    url = urlsplit(address)
+    return loopback(address) if url.hostname in LOCAL else f"tcp://*:{url.port}"
 
 
 @contextmanager

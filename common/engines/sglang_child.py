@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from common.engines.die_with_parent import die_with_named_parent
-from common.engines.sglang_cpu import activate_in_child
+from common.engines.sglang_cpu import FLAG, activate
 
 LOOPBACK = "INFERENCE_LOOPBACK"  # in the environment: whether nobody else's machine is to reach the process
 
@@ -12,7 +12,8 @@ LOOPBACK = "INFERENCE_LOOPBACK"  # in the environment: whether nobody else's mac
 def prepare() -> None:
     """End with the engine, run on the CPU if it does, and listen to this machine alone if it does."""
     die_with_named_parent()
-    activate_in_child()
+    if os.environ.get(FLAG) == "1":
+        activate()
     if os.environ.get(LOOPBACK):
         _listen_here_alone()
 

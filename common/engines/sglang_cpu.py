@@ -1,9 +1,7 @@
 """SGLang on a machine without a GPU.
 
-SGLang 0.5.21 runs on a CPU, but its wheel assumes packages that exist only for GPUs. This module stands in for them,
-and does nothing where a GPU is found: `activate()` is called only where there is none, in the engine and, because
-SGLang starts its processes with `spawn`, in each of those: `activate_in_child` finds the environment variable that they
-inherit.
+SGLang 0.5.21 runs on a CPU, but its wheel assumes packages that exist only for GPUs. This module stands in for them
+where no GPU is found: in the engine and, because SGLang starts its processes with `spawn`, in each of those.
 
 What is missing, and what stands in for it:
 
@@ -21,13 +19,14 @@ import importlib.machinery
 import os
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-FLAG = "SGLANG_USE_CPU_ENGINE"  # SGLang's own switch for its CPU platform
+FLAG = "SGLANG_USE_CPU_ENGINE"  # SGLang's own switch for its CPU platform, which its processes inherit
 
 _STAND_INS = ("triton", "sgl_kernel", "torchvision")
 
@@ -51,9 +50,7 @@ _OPERATORS = (
 
 
 def activate() -> None:
-    """Make SGLang importable and runnable here, and in the processes that it spawns."""
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        return
+    """Make SGLang importable and runnable in this process, before anything of it is imported."""
     os.environ[FLAG] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # an engine per core beats threads that wait for each other
     # Compiling takes a C++ compiler and half a minute, in the middle of a request.
@@ -64,12 +61,6 @@ def activate() -> None:
     _declare_operators()
     _replace_allocator_kernels()
     _allow_seeds()
-
-
-def activate_in_child() -> None:
-    """Do the same in a process that SGLang spawned, if the engine did it."""
-    if os.environ.get(FLAG) == "1":
-        activate()
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -88,7 +79,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module = _Decorators(spec.name)
         module.__dict__["__version__"] = "3.0.0"
         if spec.name == "triton":
-            module.__dict__.update(cdiv=lambda a, b: -(a // -b), next_power_of_2=_next_power_of_2)
+            module.__dict__.update(cdiv=lambda a, b: -(a // -b), next_power_of_2=lambda n: 1 << (n - 1).bit_length())
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
@@ -165,10 +156,6 @@ class _Kernels(types.ModuleType):
         return missing
 
 
-def _next_power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length() if number > 0 else 1
-
-
 def _declare_operators() -> None:
     import torch
 
@@ -205,19 +192,14 @@ def _murmur_hash32(seeds: torch.Tensor, positions: torch.Tensor, columns: torch.
     return (value ^ value >> 16).to(torch.uint32)
 
 
-class _Launch:
-    """Turns a function into what looks like a Triton kernel: `kernel[grid](...)`."""
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        return self.function
-
-
 def _replace_allocator_kernels() -> None:
     import torch
     from sglang.srt.mem_cache.allocator import paged
+
+    def some(pages: torch.Tensor) -> torch.Tensor:
+        """Without a free page, those that requests hold may still do; if not, the caller counts them next and gives up,
+        and it does not matter which one it got."""
+        return pages if len(pages) else torch.zeros(1, dtype=pages.dtype)
 
     def extend(
         prefix_lens: torch.Tensor,
@@ -228,13 +210,7 @@ def _replace_allocator_kernels() -> None:
         _width: int,
         page_size: int,
     ) -> None:
-        if len(free_pages):
-            paged.alloc_extend_naive(prefix_lens, seq_lens, last_loc, free_pages, out, page_size, out.device)
-        else:  # the pages that requests hold may still do; if not, the caller counts them next and gives up
-            ends = torch.cumsum(seq_lens - prefix_lens, 0)
-            position = torch.arange(len(out))
-            owner = torch.searchsorted(ends, position, right=True)
-            out.copy_(last_loc[owner] + 1 + position - (ends - (seq_lens - prefix_lens))[owner])
+        paged.alloc_extend_naive(prefix_lens, seq_lens, last_loc, some(free_pages), out, page_size, out.device)
 
     def decode(
         seq_lens: torch.Tensor,
@@ -245,14 +221,13 @@ def _replace_allocator_kernels() -> None:
         page_size: int,
     ) -> None:
         needs_page = (seq_lens - 1) % page_size == 0
-        page = torch.cumsum(needs_page.long(), 0) - 1
-        out.copy_(last_loc + 1)
-        if len(free_pages):
-            fresh = free_pages[page.clamp(0, len(free_pages) - 1)] * page_size
-            out.copy_(torch.where(needs_page, fresh, last_loc + 1))
+        pages = some(free_pages)
+        fresh = pages[(needs_page.cumsum(0) - 1).clamp(0, len(pages) - 1)] * page_size
+        out.copy_(torch.where(needs_page, fresh, last_loc + 1))
 
-    paged.alloc_extend_kernel = _Launch(extend)
-    paged.alloc_decode_kernel = _Launch(decode)
+    # Triton's are called as `kernel[grid](...)`.
+    paged.alloc_extend_kernel = defaultdict(lambda: extend)
+    paged.alloc_decode_kernel = defaultdict(lambda: decode)
 
 
 def _allow_seeds() -> None:

@@ -7,7 +7,7 @@ import os
 import random
 import re
 import secrets
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -74,12 +74,11 @@ class SglangEngine:
         stream_interval: int,
         gpu_memory_fraction: float | None,
         deterministic: bool,
-        on_sigterm: Callable[[], None],
     ) -> "SglangEngine":
         """Load the model and start SGLang's processes, which takes from seconds on a CPU to minutes on a GPU.
 
         model_path: what `resolve_model` found; host: where routers reach this machine; stream_interval: tokens in a
-        message; gpu_memory_fraction: of the GPU, None for SGLang to decide; on_sigterm: SGLang takes the signal over.
+        message; gpu_memory_fraction: of the GPU, None for SGLang to decide.
         """
         # Else the temperature is part of them, and they say how likely a token was made and not what the model thinks.
         os.environ.setdefault("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
@@ -136,7 +135,6 @@ class SglangEngine:
             kv_replay=f"tcp://{host}:{replay}",
             load=f"tcp://{host}:{load}",
         )
-        _keep_sigterm(engine.tokenizer_manager, on_sigterm)
         return cls(engine, model_path, info, seeded=cpu or deterministic, min_p=cpu or not deterministic)
 
     async def warm_up(self) -> None:
@@ -167,12 +165,9 @@ class SglangEngine:
                 async for chunk in chunks:
                     output = _output(chunk, first)
                     first = False
-                    if output.finish_reason:
+                    if reason := output.finish_reason:
                         tokens = chunk["meta_info"].get("completion_tokens", 0)
-                        reason = output.finish_reason
                         log_request(log, context, finish_reason=reason, completion_tokens=tokens)
-                        yield output
-                        return
                     yield output
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
@@ -180,12 +175,14 @@ class SglangEngine:
             abort.cancel()
 
     async def connect(self, endpoint: Endpoint) -> None:
-        """Make the publishers for Dynamo's event plane, before anything is served."""
+        """Make the publishers for Dynamo's event plane. Comes before the Service, which takes SIGTERM for itself."""
         self._metrics = WorkerMetricsPublisher()
         await self._metrics.create_endpoint(endpoint)
         address = loopback(self.info.kv_events)
         block_size = self.info.model.block_size
         self._relay = KvEventPublisher(endpoint, kv_block_size=block_size, zmq_endpoint=address, zmq_topic=TOPIC)
+        # Else with the first request: this takes SIGTERM too, to end the process in SGLang's own way.
+        self._engine.tokenizer_manager.auto_create_handle_loop()
 
     async def publish(self, endpoint: Endpoint, *, register: bool) -> None:
         """Tell Dynamo's event plane of the KV events and the load; with `register`, also make the model known to
@@ -285,7 +282,7 @@ def _output(chunk: dict[str, Any], first: bool) -> EngineOutput:
     if reason == "abort":
         _raise_if_failed(finish)
         reason = "cancelled"
-    usage = None
+    output = EngineOutput(token_ids=list(chunk["output_ids"]), finish_reason=reason)
     if (first or reason) and "prompt_tokens" in meta:  # which a request that was aborted in the queue does not have
         usage = Usage(
             prompt_tokens=meta["prompt_tokens"],
@@ -293,9 +290,7 @@ def _output(chunk: dict[str, Any], first: bool) -> EngineOutput:
             total_tokens=meta["prompt_tokens"] + meta["completion_tokens"],
             prompt_tokens_details=PromptTokensDetails(cached_tokens=meta["cached_tokens"]),
         )
-    output = EngineOutput(
-        token_ids=list(chunk["output_ids"]), finish_reason=reason, completion_usage=usage.encode() if usage else None
-    )
+        output.completion_usage = usage.encode()
     if logprobs := meta.get("output_token_logprobs"):
         output.log_probs = [logprob for logprob, _, _ in logprobs]
         output.top_logprobs = [_ranked(top or ()) for top in meta.get("output_top_logprobs") or ()] or None
@@ -315,42 +310,28 @@ def _raise_if_failed(finish: dict[str, Any]) -> None:
     raise kind(finish.get("message") or "SGLang gave the request up")
 
 
-def _keep_sigterm(manager: Any, on_sigterm: Callable[[], None]) -> None:
-    """SGLang takes over SIGTERM with its first request, to end the process its own way; keep it ours."""
-
-    class Handler(manager.signal_handler_class):  # type: ignore[misc]
-        def sigterm_handler(self, signum: object = None, frame: object = None) -> None:
-            on_sigterm()
-
-    manager.signal_handler_class = Handler
-
-
 def _gpu_options(model_path: str, memory_fraction: float | None) -> dict[str, Any]:
     options: dict[str, Any] = {} if memory_fraction is None else {"mem_fraction_static": memory_fraction}
-    _, width = _attention_heads(model_path)
+    *_, width = _key_value_shape(model_path)
     if width not in HEAD_WIDTHS:
         options["attention_backend"] = "triton"
     return options
 
 
-def _text_config(model_path: str) -> Any:
+def _key_value_shape(model_path: str) -> tuple[int, int, int]:
+    """How many layers the model has, heads with keys and values of their own in each, and numbers in each of those."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(model_path).get_text_config()
-
-
-def _attention_heads(model_path: str) -> tuple[int, int]:
-    """How many heads have keys and values of their own, and how many numbers each has."""
-    config = _text_config(model_path)
+    config = AutoConfig.from_pretrained(model_path).get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, heads, width
 
 
 def _cpu_options(model_path: str) -> dict[str, Any]:
     """What makes SGLang run without a GPU. float32, because its sums come out the same whatever runs beside them."""
-    config = _text_config(model_path)
-    heads, width = _attention_heads(model_path)
-    bytes_per_token = config.num_hidden_layers * heads * width * 2 * 4  # keys and values, of four bytes
+    layers, heads, width = _key_value_shape(model_path)
+    bytes_per_token = layers * heads * width * 2 * 4  # keys and values, of four bytes
     return {
         "device": "cpu",
         "dtype": "float32",

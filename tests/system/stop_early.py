@@ -24,7 +24,6 @@ async def main() -> None:
         stream_interval=1,
         gpu_memory_fraction=None,
         deterministic=False,
-        on_sigterm=lambda: None,
     )
     try:
         manager = engine._engine.tokenizer_manager

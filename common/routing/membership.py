@@ -143,7 +143,7 @@ class Membership:
             except Exception:
                 log.exception("the cache of worker %s is read again from the beginning", worker.name)
             # Nothing is known of its cache now, which is no reason to give it no work.
-            self._fleet.index.clear(worker.instance_id)
+            self._fleet.index.forget(worker.instance_id)
             await asyncio.sleep(AGAIN_SECONDS)
 
     async def _follow_load(self, worker: Worker, info: WorkerInfo) -> None:

@@ -117,10 +117,10 @@ class TestPrefixIndex:
         index.forget(1)
         assert index.overlaps(HASHES) == {2: 3}
 
-    def test_a_cleared_worker_can_fill_its_cache_again(self) -> None:
+    def test_a_forgotten_worker_can_fill_its_cache_again(self) -> None:
         index = PrefixIndex()
         for _ in range(2):
-            index.clear(1)
+            index.forget(1)
             index.apply(1, stored(HASHES, [10, 11, 12]))
         assert index.overlaps(HASHES) == {1: 3}
 

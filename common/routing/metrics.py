@@ -4,7 +4,7 @@ A decision costs some microseconds; what is known of the workers costs nothing u
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Sized
 
 from common.messages import NAMESPACE
 from common.metrics import PHASE, WORKER_TYPE, exponential_buckets, log_buckets
@@ -32,8 +32,10 @@ _HIT_RATES = [step * 0.05 for step in range(21)]
 class RouterMetrics:
     """Counts what find_worker decides."""
 
-    def __init__(self, registry: CollectorRegistry, fleet: Fleet, router_id: str, waiting: Callable[[], int]) -> None:
-        """router_id: the instance id of this router; waiting: how many prompts are in its queues."""
+    def __init__(
+        self, registry: CollectorRegistry, fleet: Fleet, router_id: str, queues: Collection[Sized] = ()
+    ) -> None:
+        """router_id: the instance id of this router; queues: those in which prompts wait."""
         self._own = (NAMESPACE, component_names.ROUTER, router_id)
         self._of_model: dict[str, tuple[Histogram, Counter, Counter]] = {}
         own = (labels.NAMESPACE, labels.COMPONENT, labels.ROUTER_ID)
@@ -84,7 +86,7 @@ class RouterMetrics:
         registry.register(_Workers(fleet))
         pending = f"{name_prefix.FRONTEND}_{frontend_service.ROUTER_QUEUE_PENDING_REQUESTS}"
         gauge = Gauge(pending, "Prompts that wait for a worker", (labels.WORKER_TYPE,), registry=registry)
-        gauge.labels(WORKER_TYPE).set_function(waiting)
+        gauge.labels(WORKER_TYPE).set_function(lambda: sum(map(len, queues)))
 
     def on_asked(self) -> float:
         """A question has come. Returns when."""

@@ -10,7 +10,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from common.messages import FindWorkerRequest, RoutingDecision, WorkerCost
 from common.routing.worker import Prompt, Worker
@@ -63,7 +63,7 @@ class Candidate(msgspec.Struct, eq=False):
 
     @property
     def explained(self) -> WorkerCost:
-        """What its cost will be made of, for people; before there is a lease for this prompt."""
+        """Its cost and what that is made of, for people; before there is a lease for this prompt."""
         return WorkerCost(
             worker_id=self.worker.name,
             overlap_blocks=self.overlap_blocks,
@@ -157,24 +157,15 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-class Chooser(Protocol):
-    """Chooses a worker, and counts the prompt as its load for as long as the block runs."""
-
-    def lease(self, pool: Sequence[Candidate], best: Candidate | None, /) -> AbstractAsyncContextManager[Candidate]: ...
+# From candidates and the best of them to the one that gets the prompt, as its load for as long as the block runs.
+Leasing = Callable[[Sequence[Candidate], Candidate], AbstractAsyncContextManager[Candidate]]
 
 
-class LowestCost:
-    """Takes the worker that is cheapest by a policy."""
-
-    def __init__(self, choose: Callable[[Sequence[Candidate]], Candidate]) -> None:
-        self._choose = choose
-
-    @asynccontextmanager
-    async def lease(self, candidates: Sequence[Candidate], best: Candidate | None = None) -> AsyncIterator[Candidate]:
-        """Choose one, unless the best is known, and count the prompt as load on it for as long as the block runs."""
-        best = best or self._choose(candidates)
-        with best.worker.lease(best.prompt, best.overlap_blocks):
-            yield best
+@asynccontextmanager
+async def lease_best(candidates: Sequence[Candidate], best: Candidate) -> AsyncIterator[Candidate]:
+    """Count the prompt as load on the best for as long as the block runs."""
+    with best.worker.lease(best.prompt, best.overlap_blocks):
+        yield best
 
 
 def choose(candidates: Sequence[Candidate], policy: Policy, weights: Weights) -> Candidate:

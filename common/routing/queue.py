@@ -15,11 +15,11 @@ import time
 from bisect import insort
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from common.errors import Cancelled, Overloaded
-from common.messages import FindWorkerRequest, ModelIdentity
+from common.messages import FindWorkerRequest
 from common.routing.policy import Candidate
 from common.routing.worker import Worker
 
@@ -64,26 +64,11 @@ class Waiting:
     since: float  # on the queue's clock
     blocks: float = 0.0  # to compute
     order: tuple[float, float] = (0.0, 0.0)  # what is less goes first
-    # Once it has its turn: among whom, and the best of them, if the queue looked for it.
+    # Once it has its turn: among whom, and the best of them.
     candidates: Sequence[Candidate] = ()
-    best: Candidate | None = None
+    best: Candidate = field(init=False, repr=False)
     seconds: float = 0.0  # that it has waited
     turn: asyncio.Future[None] | None = None
-
-
-class Queues:
-    """A queue for each model."""
-
-    def __init__(self, make: Callable[[], "Queue"]) -> None:
-        self._of_model: defaultdict[str, Queue] = defaultdict(make)
-
-    def of(self, model: ModelIdentity) -> "Queue":
-        return self._of_model[model.name]
-
-    @property
-    def waiting(self) -> int:
-        """How many prompts wait."""
-        return sum(map(len, self._of_model.values()))
 
 
 class Queue:
@@ -156,7 +141,7 @@ class Queue:
         candidates, now = find(), self._clock()
         waiting = Waiting(request, find, is_over, since=now)
         if not self._options.queue_tokens or request.begun:
-            waiting.candidates = candidates
+            waiting.candidates, waiting.best = candidates, self._choose(candidates)
         elif self._line or not self._may_go(waiting, candidates):
             self._line_up(waiting, candidates)
         return waiting
@@ -217,9 +202,9 @@ class Queue:
     def _may_go(self, waiting: Waiting, candidates: Sequence[Candidate]) -> bool:
         """Whether the best of the candidates has room, which then is the prompt's."""
         best = self._choose(candidates)
-        if self._has_room(best.worker):
+        if has_room := self._has_room(best.worker):
             waiting.candidates, waiting.best = candidates, best
-        return waiting.best is not None
+        return has_room
 
     def _has_room(self, worker: Worker) -> bool:
         """Whether a worker has little to compute, or its events do not tell."""
@@ -244,3 +229,6 @@ class Queue:
                 self._sessions[session] -= waiting.blocks
         if not self._line:
             self._sessions.clear()
+
+
+Queues = defaultdict[str, Queue]  # by model

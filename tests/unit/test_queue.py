@@ -13,7 +13,7 @@ from common.routing import queue as module
 from common.routing.fleet import Fleet
 from common.routing.policy import Candidate, Weights, choose, kv
 from common.routing.prefix_index import sequence_hashes
-from common.routing.queue import AGEING, LONGEST, NEWS_SECONDS, Queue, QueueOptions, Queues, Waiting
+from common.routing.queue import AGEING, LONGEST, NEWS_SECONDS, Queue, QueueOptions, Waiting
 from common.routing.worker import Lease, Prompt, Worker
 from tests.unit.stand_ins import BLOCK_SIZE, identity, worker_info
 
@@ -358,14 +358,3 @@ class TestWaiting:
                 await waiting
 
         play(scenario)
-
-
-def test_each_model_has_a_queue() -> None:
-    scene = Scene()
-    queues = Queues(lambda: Queue(QueueOptions(), list, lambda candidates: candidates[0]))
-    assert queues.of(identity("a")) is queues.of(identity("a")) is not queues.of(identity("b"))
-    assert queues.waiting == 0
-    scene.work(1, 50)
-    queues._of_model["a"] = scene.queue
-    assert scene.come("one", 1)
-    assert queues.waiting == 1

@@ -26,7 +26,6 @@ class Fleet:
         self.unserved: OrderedDict[str, str] = OrderedDict()  # by what requests asked for, why no engine fits
         self._refused: dict[int, WorkerStatus] = {}
         self._sessions: OrderedDict[tuple[str, str], int] = OrderedDict()  # by model and session, who had it last
-        self._reported: set[tuple[int, str]] = set()  # mismatches that the log knows of
         self._fitting = lru_cache(UNSERVED)(self._find_fitting)  # remembered until somebody comes or leaves
 
     def add(self, worker: Worker) -> None:
@@ -53,7 +52,6 @@ class Fleet:
     def forget(self, instance_id: int) -> None:
         """A worker has left."""
         self._refused.pop(instance_id, None)
-        self._reported = {report for report in self._reported if report[0] != instance_id}
         self.index.forget(instance_id)
         if worker := self.workers.pop(instance_id, None):
             self._fitting.cache_clear()
@@ -94,11 +92,11 @@ class Fleet:
         reason = worker.mismatch(model)
         if reason is None:
             worker.reason = None
-        elif worker.serves(model.name):
+        elif worker.info and worker.info.model.name == model.name:
             worker.reason = reason
-            if (report := (worker.instance_id, describe_request(model))) not in self._reported:
-                self._reported.add(report)
-                log.error("worker %s gets no requests for %s: it %s", worker.name, report[1], reason)
+            if (wanted := describe_request(model)) not in worker.unfit_for:
+                worker.unfit_for.add(wanted)
+                log.error("worker %s gets no requests for %s: it %s", worker.name, wanted, reason)
         return reason is None
 
     def remember(self, request: FindWorkerRequest, instance_id: int) -> None:

@@ -88,7 +88,7 @@ class Router:
         began = self._metrics.on_asked()
         prompt = Prompt(sequence_hashes(request.local_hashes), request.tokens / request.model.block_size)
         find = partial(self._fleet.candidates, request, prompt)
-        turn = await self._queues[request.model.name].turn(request, find, context.is_stopped)
+        turn = await self._queues[request.model.name].turn(find, context.is_stopped)
         candidates, watch = turn.candidates, self._watches[request.model.name]
         found = any(candidate.overlap_blocks for candidate in candidates)
         watch.on_asked(prompt, found, [candidate.worker for candidate in candidates])

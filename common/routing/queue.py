@@ -54,13 +54,16 @@ class QueueOptions:
         return cls(args.queue_tokens, args.max_waiting)
 
 
+Find = Callable[[], Sequence[Candidate]]  # who may take a prompt; it raises Unavailable if nobody may
+
+
 @dataclass(slots=True, eq=False)
 class Waiting:
     """A prompt that came to a queue."""
 
-    request: FindWorkerRequest
-    find: Callable[[], Sequence[Candidate]]
+    find: Find
     is_over: Callable[[], bool]
+    request: FindWorkerRequest
     since: float  # on the queue's clock
     blocks: float = 0.0  # to compute
     order: tuple[float, float] = (0.0, 0.0)  # what is less goes first
@@ -99,15 +102,13 @@ class Queue:
     def __len__(self) -> int:
         return len(self._line)
 
-    async def turn(
-        self, request: FindWorkerRequest, find: Callable[[], Sequence[Candidate]], is_over: Callable[[], bool]
-    ) -> Waiting:
-        """Return the prompt when it has its turn.
+    async def turn(self, find: Find, is_over: Callable[[], bool]) -> Waiting:
+        """Return a prompt when it has its turn.
 
-        find: who may take the prompt; is_over: whether nobody waits for it any more. Raises Overloaded if it would wait
-        too long, Cancelled if it is over first, and what `find` raises.
+        is_over: whether nobody waits for it any more. Raises Overloaded if it would wait too long, Cancelled if it is
+        over first, and what `find` raises.
         """
-        waiting = self.admit(request, find, is_over)
+        waiting = self.admit(find, is_over)
         if waiting.candidates:
             return waiting
         waiting.turn = asyncio.get_running_loop().create_future()
@@ -128,19 +129,14 @@ class Queue:
                 sweep_at += SWEEP_SECONDS
                 self._sweep()
             waiting = self.next()
-            await asyncio.sleep(0 if waiting else POLL_SECONDS)  # with 0, whoever has its turn now chooses first
+            await asyncio.sleep(0 if waiting else POLL_SECONDS)  # with 0, whoever has its turn now is leased first
 
-    def admit(
-        self,
-        request: FindWorkerRequest,
-        find: Callable[[], Sequence[Candidate]],
-        is_over: Callable[[], bool] = lambda: False,
-    ) -> Waiting:
+    def admit(self, find: Find, is_over: Callable[[], bool] = lambda: False) -> Waiting:
         """Give a prompt its turn, or else put it into the queue. Raises Overloaded if it would wait too long there, and
         what `find` raises."""
-        candidates, now = find(), self._clock()
-        waiting = Waiting(request, find, is_over, since=now)
-        if not self._options.queue_tokens or request.begun:
+        candidates = find()
+        waiting = Waiting(find, is_over, candidates[0].request, since=self._clock())
+        if not self._options.queue_tokens or waiting.request.begun:
             waiting.candidates, waiting.best = candidates, self._choose(candidates)
         elif self._line or not self._may_go(waiting, candidates):
             self._line_up(waiting, candidates)

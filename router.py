@@ -184,8 +184,8 @@ def arguments() -> argparse.ArgumentParser:
     options.add_argument(
         "--policy", choices=[*POLICIES, "dynamo"], default="kv", help="dynamo: its own scheduler, to compare with"
     )
-    Weights.add_options(options)
-    QueueOptions.add_options(options)
+    Weights.add(options.add_argument_group("weights of the policies kv and dynamo").add_argument)
+    QueueOptions.add(options.add_argument)
     return options
 
 

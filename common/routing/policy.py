@@ -20,32 +20,36 @@ import msgspec
 BUSIER = 2.0  # than the least loaded worker, and a session leaves its own
 
 
-def _weight(default: float, says: str) -> Any:
+def option(default: float, says: str) -> Any:
+    """A field of Options."""
     return field(default=default, metadata={"help": says})
 
 
 @dataclass(slots=True, frozen=True)
-class Weights:
-    """What `kv` weighs its terms with. Names and defaults are those of Dynamo's KvRouterConfig, but for the last."""
-
-    overlap_score_credit: float = _weight(1.0, "what a cached block saves; 0 ignores the caches, above 1 saves extra")
-    prefill_load_scale: float = _weight(1.0, "what a block to compute costs; higher, and first tokens come sooner")
-    decode_active_request_weight: float = _weight(0.0, "blocks that each request in progress costs, however long it is")
-    router_temperature: float = _weight(0.0, "above 0, draw workers, the cheaper the likelier: less of a herd")
-    decode_load_scale: float = _weight(0.05, "what a block to read costs; Dynamo always takes 1, as one to compute")
+class Options:
+    """Numbers that the command line sets."""
 
     @classmethod
-    def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """An option for each."""
-        group = parser.add_argument_group("weights of the policies kv and dynamo")
+    def add(cls, add_argument: Callable[..., object]) -> None:
+        """An option for each. add_argument: of a parser, or of a group in one."""
         for one in fields(cls):
-            name = f"--{one.name.replace('_', '-')}"
-            group.add_argument(name, type=float, default=one.default, help=one.metadata["help"])
+            add_argument(f"--{one.name.replace('_', '-')}", type=float, default=one.default, help=one.metadata["help"])
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
         """Those of a command line."""
         return cls(**{one.name: getattr(args, one.name) for one in fields(cls)})
+
+
+@dataclass(slots=True, frozen=True)
+class Weights(Options):
+    """What `kv` weighs its terms with. Names and defaults are those of Dynamo's KvRouterConfig, but for the last."""
+
+    overlap_score_credit: float = option(1.0, "what a cached block saves; 0 ignores the caches, above 1 saves extra")
+    prefill_load_scale: float = option(1.0, "what a block to compute costs; higher, and first tokens come sooner")
+    decode_active_request_weight: float = option(0.0, "blocks that each request in progress costs, however long it is")
+    router_temperature: float = option(0.0, "above 0, draw workers, the cheaper the likelier: less of a herd")
+    decode_load_scale: float = option(0.05, "what a block to read costs; Dynamo always takes 1, as one to compute")
 
 
 # There is one for every worker and request, and a dataclass takes twice as long.

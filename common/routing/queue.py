@@ -8,7 +8,6 @@ In production Dynamo this is the queue of the KvRouter (`router_queue_threshold`
 lib/kv-router/src/scheduling/queue.rs), off by default, in which a long prompt can be overtaken for ever.
 """
 
-import argparse
 import asyncio
 import math
 import time
@@ -16,11 +15,10 @@ from bisect import insort
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Self
 
 from common.errors import Cancelled, Overloaded
 from common.messages import FindWorkerRequest
-from common.routing.policy import Candidate
+from common.routing.policy import Candidate, Options, option
 from common.routing.worker import Worker
 
 AGEING = 1000.0  # tokens that a prompt gets ahead in a second
@@ -33,25 +31,13 @@ SWEEP_SECONDS = 0.25  # between looks at who does not wait any more
 
 
 @dataclass(slots=True, frozen=True)
-class QueueOptions:
+class QueueOptions(Options):
     """When prompts wait, and how long."""
 
-    queue_tokens: float = 2048.0
-    max_waiting: float = 30.0  # seconds
-
-    @classmethod
-    def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """An option for each."""
-        default = cls()
-        text = "prompts wait while the worker that is best for them has so many tokens to compute; 0: they do not"
-        parser.add_argument("--queue-tokens", type=float, default=default.queue_tokens, help=text)
-        text = "seconds that a prompt may wait; one that would wait longer is refused"
-        parser.add_argument("--max-waiting", type=float, default=default.max_waiting, help=text)
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Self:
-        """Those of a command line."""
-        return cls(args.queue_tokens, args.max_waiting)
+    queue_tokens: float = option(
+        2048.0, "prompts wait while the worker that is best for them has so many tokens to compute; 0: they do not"
+    )
+    max_waiting: float = option(30.0, "seconds that a prompt may wait; one that would wait longer is refused")
 
 
 Find = Callable[[], Sequence[Candidate]]  # who may take a prompt; it raises Unavailable if nobody may

@@ -128,13 +128,14 @@ class Fleet:
         return [self._status(worker) for worker in self.workers.values()] + list(self._refused.values())
 
     def _status(self, worker: Worker) -> WorkerStatus:
+        since = worker.silent_since
         return WorkerStatus(
             instance_id=worker.instance_id,
             worker_id=worker.name,
             status="joined" if worker.info else "silent",
             model=worker.info.model if worker.info else None,
-            reason=worker.reason if worker.silent_since is None else f"silent since {_clock(worker.silent_since)}",
-            silent_seconds=None if worker.silent_since is None else time.time() - worker.silent_since,
+            reason=worker.reason if since is None else time.strftime("silent since %F %T", time.localtime(since)),
+            silent_seconds=None if since is None else time.time() - since,
             total_blocks=worker.info.total_blocks if worker.info else None,
             cached_blocks=self.index.blocks(worker.instance_id),
             prefill_blocks=worker.prefill_blocks,
@@ -149,10 +150,6 @@ class Fleet:
             last_event_seconds=None if worker.event_at is None else time.monotonic() - worker.event_at,
             event_lag_seconds=worker.event_lag,
         )
-
-
-def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def describe_request(model: ModelIdentity) -> str:

@@ -16,12 +16,12 @@ _BITS = 2**60 - 1  # of a sequence hash: for larger numbers Python takes half as
 _OUT_OF_REACH = -1
 
 
-def sequence_hashes(local_hashes: Sequence[int], parent: int = _ROOT) -> list[int]:
+def sequence_hashes(local_hashes: Sequence[int]) -> list[int]:
     """For each block, one number that stands for it and all those before it: equal numbers, equal prefixes.
 
     They are this process's own, of 60 bits, and made by Python's hash of pairs.
     """
-    return list(accumulate(local_hashes, _sequence_hash, initial=parent))[1:]
+    return list(accumulate(local_hashes, _sequence_hash, initial=_ROOT))[1:]
 
 
 def _sequence_hash(before: int, local_hash: int) -> int:

@@ -46,10 +46,6 @@ class TestSequenceHashes:
         assert one[2] != other[2]
         assert one[3] != other[3]
 
-    def test_it_goes_on_from_a_parent(self) -> None:
-        whole = sequence_hashes(HASHES)
-        assert sequence_hashes(HASHES[1:], whole[0]) == whole[1:]
-
 
 class TestPrefixIndex:
     def test_counts_the_leading_blocks_that_each_worker_has(self) -> None:

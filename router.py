@@ -41,7 +41,7 @@ from common.routing.fleet import Fleet
 from common.routing.membership import Membership
 from common.routing.metrics import RouterMetrics
 from common.routing.overlap_watch import OverlapWatch
-from common.routing.policy import POLICIES, Candidate, Chooser, LowestCost, Weights, choose, kv
+from common.routing.policy import POLICIES, Candidate, Leasing, Weights, choose, lease_best
 from common.routing.prefix_index import sequence_hashes
 from common.routing.queue import Queue, QueueOptions, Queues
 from common.routing.worker import Prompt
@@ -61,7 +61,7 @@ class Router:
         self,
         fleet: Fleet,
         membership: Membership,
-        chooser: Chooser,
+        lease: Leasing,
         *,
         policy: str,
         queues: Queues,
@@ -71,7 +71,7 @@ class Router:
     ) -> None:
         self._fleet = fleet
         self._membership = membership
-        self._chooser = chooser
+        self._lease = lease
         self._policy = policy
         self._queues = queues
         self._feed = feed
@@ -88,16 +88,14 @@ class Router:
         began = self._metrics.on_asked()
         prompt = Prompt(sequence_hashes(request.local_hashes), request.tokens / request.model.block_size)
         find = partial(self._fleet.candidates, request, prompt)
-        turn = await self._queues.of(request.model).turn(request, find, context.is_stopped)
+        turn = await self._queues[request.model.name].turn(find, context.is_stopped)
         candidates, watch = turn.candidates, self._watches[request.model.name]
         found = any(candidate.overlap_blocks for candidate in candidates)
         watch.on_asked(prompt, found, [candidate.worker for candidate in candidates])
         request_id = request.request_id or context.id()
         tell = self._feed.teller(request_id)
         costs = [candidate.explained for candidate in candidates] if tell or request.explain else []
-        async with self._chooser.lease(candidates, turn.best) as best:
-            for cost, candidate in zip(costs, candidates, strict=False):
-                cost.cost = candidate.cost
+        async with self._lease(candidates, turn.best) as best:
             if tell:
                 tell(self._decided(best, costs))
             self._metrics.on_decided(candidates, best, began + turn.seconds)
@@ -132,20 +130,21 @@ class Router:
         yield RouterStatus(
             router=int(self._feed.instance_id),
             policy=self._policy,
-            waiting=self._queues.waiting,
+            waiting=sum(map(len, self._queues.values())),
             workers=self._fleet.status(),
             unserved=list(self._fleet.unserved.values()),
         )
 
 
-def chooser_of(policy: str, weights: Weights, queue: QueueOptions, fleet: Fleet) -> tuple[Chooser, Queues]:
-    """What chooses by the policy of this name, and the queues before it."""
-    best = partial(choose, policy=POLICIES.get(policy, kv), weights=weights)
+def choice_by(policy: str, weights: Weights, queue: QueueOptions, fleet: Fleet) -> tuple[Queues, Leasing]:
+    """By the policy of this name, the queues that choose workers, and what leases them then."""
     if policy == "dynamo":
         from common.routing.dynamo_policy import DynamoPolicy
 
-        return DynamoPolicy(fleet, weights), Queues(partial(Queue, QueueOptions(0), fleet.workers.values, best))
-    return LowestCost(best), Queues(partial(Queue, queue, fleet.workers.values, best))
+        any_one = partial(Queue, QueueOptions(0), fleet.workers.values, lambda candidates: candidates[0])
+        return Queues(any_one), DynamoPolicy(fleet, weights).lease  # which chooses, and has a queue of its own
+    best = partial(choose, policy=POLICIES[policy], weights=weights)
+    return Queues(partial(Queue, queue, fleet.workers.values, best)), lease_best
 
 
 @dynamo_worker()
@@ -157,17 +156,17 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     cache = Remote(CACHE, await runtime.endpoint(CACHE.path).client())
     fleet = Fleet()
     membership = Membership(fleet, engines=engines, describe=describe, cache=cache)
-    chooser, queues = chooser_of(args.policy, Weights.of(args), QueueOptions.of(args), fleet)
+    queues, lease = choice_by(args.policy, Weights.of(args), QueueOptions.of(args), fleet)
     async with Service(runtime, drain_seconds=args.drain_seconds) as service:
         feed = Feed(find_worker.connection_id(), service.stopped)
         router = Router(
             fleet,
             membership,
-            chooser,
+            lease,
             policy=args.policy,
             queues=queues,
             feed=feed,
-            metrics=RouterMetrics(service.registry, fleet, feed.instance_id, lambda: queues.waiting),
+            metrics=RouterMetrics(service.registry, fleet, feed.instance_id, queues.values()),
             stopped=service.stopped,
         )
         service.add(events, WATCH_ROUTER, feed.watch)
@@ -185,8 +184,8 @@ def arguments() -> argparse.ArgumentParser:
     options.add_argument(
         "--policy", choices=[*POLICIES, "dynamo"], default="kv", help="dynamo: its own scheduler, to compare with"
     )
-    Weights.add_options(options)
-    QueueOptions.add_options(options)
+    Weights.add(options.add_argument_group("weights of the policies kv and dynamo").add_argument)
+    QueueOptions.add(options.add_argument)
     return options
 
 

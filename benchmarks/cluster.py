@@ -126,7 +126,6 @@ class Router:
         self.fleet = Fleet()
         for worker in workers:
             self.fleet.add(worker)
-        self._choose = choose
         self._queue = Queue(queue, self.fleet.workers.values, choose, clock)
         self._waiting: dict[Waiting, Request] = {}
         self._model = model
@@ -138,7 +137,7 @@ class Router:
             model=self._model, local_hashes=request.local_hashes, tokens=request.tokens, excluded=[]
         )
         find = partial(self.fleet.candidates, asked, request.prompt)
-        waiting = self._queue.admit(asked, find)
+        waiting = self._queue.admit(find)
         if waiting.candidates:
             yield request, self._take(request, waiting)
         else:
@@ -153,7 +152,7 @@ class Router:
 
     def _take(self, request: Request, waiting: Waiting) -> int:
         """Count a request as load on the worker that is chosen for it."""
-        best = waiting.best or self._choose(waiting.candidates)
+        best = waiting.best
         lease = self._leases[request] = ExitStack()
         lease.enter_context(best.worker.lease(best.prompt, best.overlap_blocks))
         return best.worker.instance_id

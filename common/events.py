@@ -5,7 +5,6 @@ nobody watches, nothing is told, and it costs a look; under load only some reque
 ones.
 """
 
-import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -153,13 +152,12 @@ class Feed:
         """Yield what happens from now on."""
         waiting: list[RequestEvent] = []
         self._watchers.append(waiting)
-        leaving = asyncio.ensure_future(self._stopped())
         try:
-            while not (context.is_stopped() or leaving.done()):
+            left = False
+            while not left:
                 told = waiting.copy()
                 waiting.clear()  # before it is sent: what happens meanwhile is for the next message
                 yield Events(events=told, share=1 / (1 << self._level))
-                await first_of(context.async_killed_or_stopped(), asyncio.shield(leaving), seconds=BATCH_SECONDS)
+                left = await first_of(context.async_killed_or_stopped(), self._stopped(), seconds=BATCH_SECONDS)
         finally:
-            leaving.cancel()
             self._watchers.remove(waiting)

@@ -95,7 +95,7 @@ class KvEventStream:
             arrived: zmq.Socket[bytes] = zmq.Socket.shadow(live)  # the same, without a future for each message
             async for part in self._read_snapshot():
                 yield part
-            async for item in self._catch_up(replay):
+            async for item in self._catch_up(replay, {}):
                 yield item
             self.up_to_date = True
             while True:
@@ -107,11 +107,8 @@ class KvEventStream:
                     async for item in self._catch_up(replay, batches):
                         yield item
 
-    async def _catch_up(
-        self, replay: zmq.asyncio.Socket, early: dict[int, bytes] | None = None
-    ) -> AsyncIterator[Update | Lost]:
+    async def _catch_up(self, replay: zmq.asyncio.Socket, batches: dict[int, bytes]) -> AsyncIterator[Update | Lost]:
         """Yield what is missing up to now, and with it the batches that came too early."""
-        batches = early or {}
         fruitless = 0
         while fruitless < FRUITLESS_ATTEMPTS:
             before = self._next

@@ -83,6 +83,7 @@ class Remote(Generic[Request, Answer]):
     def __init__(self, spec: EndpointSpec[Request, Answer], client: Client) -> None:
         self.spec = spec
         self._client = client
+        self._code = "no_worker" if spec.component == "engine" else f"no_{spec.component}"  # if nobody can be reached
         self._turn = random.randrange(1000)  # so that those who start together do not ask the same ones
         self._suspected: dict[int, float] = {}  # by instance, until when, on the monotonic clock
 
@@ -134,11 +135,10 @@ class Remote(Generic[Request, Answer]):
             if context.is_stopped():
                 raise Cancelled("the caller went away") from error
             known = from_exception(error)
-            code = self._unreachable("").code
             if isinstance(known, Cancelled):  # not by us: whoever answered was told to leave
-                raise Abandoned(f"{self.spec.path} abandoned the request", code=code) from error
+                raise Abandoned(f"{self.spec.path} abandoned the request", code=self._code) from error
             if taken and isinstance(known, Unreachable):
-                raise Lost(known.message, code=code) from error
+                raise Lost(known.message, code=self._code) from error
             raise known from error
 
     async def _send(
@@ -152,8 +152,8 @@ class Remote(Generic[Request, Answer]):
         """The stream of answers. Raises Unavailable if nobody took the request."""
         choices = self.in_turn(self.instance_ids() if instance_ids is None else instance_ids)
         if not choices:
-            name = self.spec.component
-            raise self._unreachable(f"nobody serves {self.spec.path}: no {name} is running; try again in a moment")
+            message = f"nobody serves {self.spec.path}: no {self.spec.component} is running; try again in a moment"
+            raise Unreachable(message, code=self._code)
         for instance_id in choices:
             try:
                 # By its id, because what chooses among all leaves one out for seconds after a failure, also the only
@@ -172,7 +172,7 @@ class Remote(Generic[Request, Answer]):
                     raise
             log.debug("instance %d of %s: %s", instance_id, self.spec.path, known)
             self.suspect(instance_id)
-        raise self._unreachable(known.message)
+        raise Unreachable(known.message, code=self._code)
 
     def in_turn(self, instance_ids: Sequence[int]) -> list[int]:
         """The order in which to ask: each is first in its turn, and those under suspicion come last."""
@@ -189,10 +189,6 @@ class Remote(Generic[Request, Answer]):
     def is_suspected(self, instance_id: int) -> bool:
         """Whether that was a moment ago."""
         return self._suspected.get(instance_id, 0.0) > time.monotonic()
-
-    def _unreachable(self, message: str) -> Unreachable:
-        component = self.spec.component
-        return Unreachable(message, code="no_worker" if component == "engine" else f"no_{component}")
 
     async def call(self, request: Request, instance_id: int | None = None) -> Answer:
         """Send `request` and return the one message that answers it. Raises PipelineError as `stream` does."""

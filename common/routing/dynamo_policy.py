@@ -8,10 +8,9 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from common.errors import Unavailable
-from common.messages import FindWorkerRequest
 from common.routing.fleet import Fleet, describe_request
 from common.routing.policy import Candidate, Weights
-from common.routing.worker import Lease, Prompt
+from common.routing.worker import Lease
 
 from dynamo.llm import SelectionService
 from dynamo.llm.exceptions import SelectionServiceError
@@ -47,24 +46,23 @@ class DynamoPolicy:
         self._changing = asyncio.Lock()
 
     @asynccontextmanager
-    async def lease(self, candidates: Sequence[Candidate], best: Candidate | None = None) -> AsyncIterator[Candidate]:
+    async def lease(self, candidates: Sequence[Candidate], best: Candidate) -> AsyncIterator[Candidate]:
         """The worker that Dynamo chooses, and its load until the block ends, in Dynamo's books and in ours.
 
         Raises Unavailable if no candidate announces its KV events.
         """
         await self._meet(candidates)
-        request, prompt = candidates[0].request, candidates[0].prompt
         selection_id = uuid.uuid4().hex
         by_id = {one.worker.instance_id: one for one in candidates if one.worker.instance_id in self._known}
         if not by_id:
             raise Unavailable("policy dynamo needs workers that announce their KV events", code="no_worker")
         prefilled: asyncio.Task[None] | None = None
         try:
-            selection = await self._select(selection_id, request, prompt, list(by_id))
+            selection = await self._select(selection_id, best, list(by_id))
             best = by_id[selection["worker_id"]]
             # What it calls longest_matched is in tokens.
-            best.overlap_blocks = selection["overlap"]["longest_matched"] // request.model.block_size
-            with best.worker.lease(prompt, best.overlap_blocks) as lease:
+            best.overlap_blocks = selection["overlap"]["longest_matched"] // best.request.model.block_size
+            with best.worker.lease(best.prompt, best.overlap_blocks) as lease:
                 prefilled = asyncio.create_task(self._on_prefilled(lease, selection_id))
                 yield best
         finally:
@@ -73,16 +71,15 @@ class DynamoPolicy:
             with suppress(SelectionServiceError):  # a worker that has left took its reservations along
                 await self._service.free_reservation(selection_id)
 
-    async def _select(
-        self, selection_id: str, request: FindWorkerRequest, prompt: Prompt, instance_ids: list[int]
-    ) -> dict[str, Any]:
+    async def _select(self, selection_id: str, candidate: Candidate, instance_ids: list[int]) -> dict[str, Any]:
+        request = candidate.request
         try:
             selection: Any = await self._service.select_and_reserve(
                 {
                     "model_name": describe_request(request.model),
                     "selection_id": selection_id,
                     "block_hashes": [_signed(local_hash) for local_hash in request.local_hashes],
-                    "sequence_hashes": prompt.sequence_hashes,
+                    "sequence_hashes": candidate.prompt.sequence_hashes,
                     "isl_tokens": request.tokens,
                     "allowed_worker_ids": instance_ids,
                 }

@@ -26,7 +26,6 @@ class Fleet:
         self.unserved: OrderedDict[str, str] = OrderedDict()  # by what requests asked for, why no engine fits
         self._refused: dict[int, WorkerStatus] = {}
         self._sessions: OrderedDict[tuple[str, str], int] = OrderedDict()  # by model and session, who had it last
-        self._reported: set[tuple[int, str]] = set()  # mismatches that the log knows of
         self._fitting = lru_cache(UNSERVED)(self._find_fitting)  # remembered until somebody comes or leaves
 
     def add(self, worker: Worker) -> None:
@@ -53,7 +52,6 @@ class Fleet:
     def forget(self, instance_id: int) -> None:
         """A worker has left."""
         self._refused.pop(instance_id, None)
-        self._reported = {report for report in self._reported if report[0] != instance_id}
         self.index.forget(instance_id)
         if worker := self.workers.pop(instance_id, None):
             self._fitting.cache_clear()
@@ -94,11 +92,11 @@ class Fleet:
         reason = worker.mismatch(model)
         if reason is None:
             worker.reason = None
-        elif worker.serves(model.name):
+        elif worker.info and worker.info.model.name == model.name:
             worker.reason = reason
-            if (report := (worker.instance_id, describe_request(model))) not in self._reported:
-                self._reported.add(report)
-                log.error("worker %s gets no requests for %s: it %s", worker.name, report[1], reason)
+            if (wanted := describe_request(model)) not in worker.unfit_for:
+                worker.unfit_for.add(wanted)
+                log.error("worker %s gets no requests for %s: it %s", worker.name, wanted, reason)
         return reason is None
 
     def remember(self, request: FindWorkerRequest, instance_id: int) -> None:
@@ -130,13 +128,14 @@ class Fleet:
         return [self._status(worker) for worker in self.workers.values()] + list(self._refused.values())
 
     def _status(self, worker: Worker) -> WorkerStatus:
+        since = worker.silent_since
         return WorkerStatus(
             instance_id=worker.instance_id,
             worker_id=worker.name,
             status="joined" if worker.info else "silent",
             model=worker.info.model if worker.info else None,
-            reason=worker.reason if worker.silent_since is None else f"silent since {_clock(worker.silent_since)}",
-            silent_seconds=None if worker.silent_since is None else time.time() - worker.silent_since,
+            reason=worker.reason if since is None else time.strftime("silent since %F %T", time.localtime(since)),
+            silent_seconds=None if since is None else time.time() - since,
             total_blocks=worker.info.total_blocks if worker.info else None,
             cached_blocks=self.index.blocks(worker.instance_id),
             prefill_blocks=worker.prefill_blocks,
@@ -151,10 +150,6 @@ class Fleet:
             last_event_seconds=None if worker.event_at is None else time.monotonic() - worker.event_at,
             event_lag_seconds=worker.event_lag,
         )
-
-
-def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def describe_request(model: ModelIdentity) -> str:

@@ -45,7 +45,6 @@ class Membership:
         self._fleet = fleet
         self._describe = describe
         self._cache = cache
-        self._streams: dict[int, KvEventStream] = {}
         self._settled = False
 
     async def settled(self) -> None:
@@ -77,7 +76,6 @@ class Membership:
                 following[instance_id] = asyncio.create_task(self._follow(instance_id))
             for instance_id in following.keys() - registered:
                 following.pop(instance_id).cancel()
-                self._streams.pop(instance_id, None)
                 self._fleet.forget(instance_id)
             for worker in self._fleet.workers.values():
                 worker.check_silence()
@@ -101,11 +99,10 @@ class Membership:
             info = await self._announcement(instance_id)
             worker = Worker(instance_id, info)
             name = worker.name
+            self._fleet.add(worker)
             if info is None:
-                self._fleet.add(worker)
                 log.warning("worker %s announces nothing, so it is routed to by load alone", name)
                 return
-            self._fleet.add(worker)
             size = f"{info.total_blocks} blocks of {info.model.block_size} tokens"
             log.info("worker %s joined: %s, %s", name, info.model.name, size)
             async with asyncio.TaskGroup() as group:
@@ -117,14 +114,15 @@ class Membership:
 
     async def _announcement(self, instance_id: int) -> WorkerInfo | None:
         """What a worker says of itself; None for one that has no such endpoint, like Dynamo's own workers."""
-        deadline = asyncio.get_running_loop().time() + ANNOUNCE_SECONDS
-        while asyncio.get_running_loop().time() < deadline:
+        now = asyncio.get_running_loop().time
+        deadline = now() + ANNOUNCE_SECONDS
+        while now() < deadline:
             if instance_id in self._describe.instance_ids() and instance_id in self._cache.instance_ids():
                 try:
                     return await asyncio.wait_for(self._describe.call(DescribeRequest(), instance_id), timeout=5)
                 except (PipelineError, TimeoutError) as error:
                     log.warning("worker %d does not describe itself yet: %s", instance_id, error or "no answer in 5 s")
-                    deadline = asyncio.get_running_loop().time() + ANNOUNCE_SECONDS  # it will, or it will leave
+                    deadline = now() + ANNOUNCE_SECONDS  # it will, or it will leave
             await asyncio.sleep(POLL_SECONDS)
         return None
 
@@ -133,9 +131,9 @@ class Membership:
             return self._cache.stream(SnapshotRequest(), Context(), [worker.instance_id])
 
         while True:
-            events = self._streams[worker.instance_id] = KvEventStream(info.kv_events, info.kv_replay, snapshot)
+            worker.stream = KvEventStream(info.kv_events, info.kv_replay, snapshot)
             try:
-                async for item, stored in self._fleet.index.follow(worker.instance_id, events):
+                async for item, stored in self._fleet.index.follow(worker.instance_id, worker.stream):
                     worker.on_update(item)
                     worker.on_stored(stored)
             except PipelineError as error:
@@ -143,7 +141,7 @@ class Membership:
             except Exception:
                 log.exception("the cache of worker %s is read again from the beginning", worker.name)
             # Nothing is known of its cache now, which is no reason to give it no work.
-            self._fleet.index.clear(worker.instance_id)
+            self._fleet.index.forget(worker.instance_id)
             await asyncio.sleep(AGAIN_SECONDS)
 
     async def _follow_load(self, worker: Worker, info: WorkerInfo) -> None:
@@ -153,6 +151,5 @@ class Membership:
     def _is_known(self, instance_id: int) -> bool:
         """Whether a worker's first picture is complete."""
         if worker := self._fleet.workers.get(instance_id):
-            stream = self._streams.get(instance_id)
-            return worker.info is None or (stream is not None and stream.up_to_date)
+            return worker.info is None or (worker.stream is not None and worker.stream.up_to_date)
         return self._fleet.is_refused(instance_id)

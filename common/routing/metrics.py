@@ -4,7 +4,8 @@ A decision costs some microseconds; what is known of the workers costs nothing u
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Sized
+from functools import cache, partial
 
 from common.messages import NAMESPACE
 from common.metrics import PHASE, WORKER_TYPE, exponential_buckets, log_buckets
@@ -32,10 +33,12 @@ _HIT_RATES = [step * 0.05 for step in range(21)]
 class RouterMetrics:
     """Counts what find_worker decides."""
 
-    def __init__(self, registry: CollectorRegistry, fleet: Fleet, router_id: str, waiting: Callable[[], int]) -> None:
-        """router_id: the instance id of this router; waiting: how many prompts are in its queues."""
+    def __init__(
+        self, registry: CollectorRegistry, fleet: Fleet, router_id: str, queues: Collection[Sized] = ()
+    ) -> None:
+        """router_id: the instance id of this router; queues: those in which prompts wait."""
         self._own = (NAMESPACE, component_names.ROUTER, router_id)
-        self._of_model: dict[str, tuple[Histogram, Counter, Counter]] = {}
+        self._of_model = cache(self._labelled)  # to look for them takes half of all the time
         own = (labels.NAMESPACE, labels.COMPONENT, labels.ROUTER_ID)
 
         def counter(name: str, says: str, *more: str) -> Counter:
@@ -84,7 +87,7 @@ class RouterMetrics:
         registry.register(_Workers(fleet))
         pending = f"{name_prefix.FRONTEND}_{frontend_service.ROUTER_QUEUE_PENDING_REQUESTS}"
         gauge = Gauge(pending, "Prompts that wait for a worker", (labels.WORKER_TYPE,), registry=registry)
-        gauge.labels(WORKER_TYPE).set_function(waiting)
+        gauge.labels(WORKER_TYPE).set_function(lambda: sum(map(len, queues)))
 
     def on_asked(self) -> float:
         """A question has come. Returns when."""
@@ -95,7 +98,7 @@ class RouterMetrics:
         """A worker was chosen among `candidates`. began: what `on_asked` said."""
         model = chosen.request.model
         most = max(candidate.overlap_blocks for candidate in candidates)
-        tokens, of_best, of_chosen = self._of_model.get(model.name) or self._labelled(model.name)
+        tokens, of_best, of_chosen = self._of_model(model.name)
         self._requests.inc()
         tokens.observe(chosen.request.tokens)
         self._hit_rate.observe(min(chosen.overlap_blocks / max(chosen.prompt.blocks, 1), 1.0))
@@ -107,11 +110,9 @@ class RouterMetrics:
         self._overhead.observe((time.perf_counter() - began) * 1000)
 
     def _labelled(self, model: str) -> tuple[Histogram, Counter, Counter]:
-        """The metrics of a model, kept: to look for them takes half of all the time."""
+        """The metrics of a model."""
         labelled = (*self._own, model, PHASE)
-        made = self._tokens.labels(*labelled), self._best.labels(*labelled), self._selected.labels(*labelled)
-        self._of_model[model] = made
-        return made
+        return self._tokens.labels(*labelled), self._best.labels(*labelled), self._selected.labels(*labelled)
 
 
 class _Workers(Collector):
@@ -180,17 +181,12 @@ def _load(workers: Sequence[Worker]) -> Iterable[Metric]:
 
 def _caches(workers: Sequence[Worker], fleet: Fleet) -> Iterable[Metric]:
     """What the workers have cached, and how it came to be known."""
-    cached = GaugeMetricFamily("pipeline_worker_cached_blocks", "KV blocks in the cache, by its events", labels=_WORKER)
-    total = GaugeMetricFamily("pipeline_worker_total_blocks", "KV blocks that fit", labels=_WORKER)
-    lag = GaugeMetricFamily(
-        "pipeline_worker_event_lag_seconds", "Time that the last KV event took to come", labels=_WORKER
-    )
-    batches = CounterMetricFamily("pipeline_worker_event_batches", "Batches of KV events that came", labels=_WORKER)
-    lost = CounterMetricFamily(
-        "pipeline_worker_events_lost",
-        "Times that KV events were lost for good and the cache read again",
-        labels=_WORKER,
-    )
+    gauge, counter = partial(GaugeMetricFamily, labels=_WORKER), partial(CounterMetricFamily, labels=_WORKER)
+    cached = gauge("pipeline_worker_cached_blocks", "KV blocks in the cache, by its events")
+    total = gauge("pipeline_worker_total_blocks", "KV blocks that fit")
+    lag = gauge("pipeline_worker_event_lag_seconds", "Time that the last KV event took to come")
+    batches = counter("pipeline_worker_event_batches", "Batches of KV events that came")
+    lost = counter("pipeline_worker_events_lost", "Times that KV events were lost for good and the cache read again")
     for worker in workers:
         one = _labels_of(worker)
         cached.add_metric(one, fleet.index.blocks(worker.instance_id))

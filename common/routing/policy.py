@@ -10,7 +10,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from common.messages import FindWorkerRequest, RoutingDecision, WorkerCost
 from common.routing.worker import Prompt, Worker
@@ -20,32 +20,36 @@ import msgspec
 BUSIER = 2.0  # than the least loaded worker, and a session leaves its own
 
 
-def _weight(default: float, says: str) -> Any:
+def option(default: float, says: str) -> Any:
+    """A field of Options."""
     return field(default=default, metadata={"help": says})
 
 
 @dataclass(slots=True, frozen=True)
-class Weights:
-    """What `kv` weighs its terms with. Names and defaults are those of Dynamo's KvRouterConfig, but for the last."""
-
-    overlap_score_credit: float = _weight(1.0, "what a cached block saves; 0 ignores the caches, above 1 saves extra")
-    prefill_load_scale: float = _weight(1.0, "what a block to compute costs; higher, and first tokens come sooner")
-    decode_active_request_weight: float = _weight(0.0, "blocks that each request in progress costs, however long it is")
-    router_temperature: float = _weight(0.0, "above 0, draw workers, the cheaper the likelier: less of a herd")
-    decode_load_scale: float = _weight(0.05, "what a block to read costs; Dynamo always takes 1, as one to compute")
+class Options:
+    """Numbers that the command line sets."""
 
     @classmethod
-    def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """An option for each."""
-        group = parser.add_argument_group("weights of the policies kv and dynamo")
+    def add(cls, add_argument: Callable[..., object]) -> None:
+        """An option for each. add_argument: of a parser, or of a group in one."""
         for one in fields(cls):
-            name = f"--{one.name.replace('_', '-')}"
-            group.add_argument(name, type=float, default=one.default, help=one.metadata["help"])
+            add_argument(f"--{one.name.replace('_', '-')}", type=float, default=one.default, help=one.metadata["help"])
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
         """Those of a command line."""
         return cls(**{one.name: getattr(args, one.name) for one in fields(cls)})
+
+
+@dataclass(slots=True, frozen=True)
+class Weights(Options):
+    """What `kv` weighs its terms with. Names and defaults are those of Dynamo's KvRouterConfig, but for the last."""
+
+    overlap_score_credit: float = option(1.0, "what a cached block saves; 0 ignores the caches, above 1 saves extra")
+    prefill_load_scale: float = option(1.0, "what a block to compute costs; higher, and first tokens come sooner")
+    decode_active_request_weight: float = option(0.0, "blocks that each request in progress costs, however long it is")
+    router_temperature: float = option(0.0, "above 0, draw workers, the cheaper the likelier: less of a herd")
+    decode_load_scale: float = option(0.05, "what a block to read costs; Dynamo always takes 1, as one to compute")
 
 
 # There is one for every worker and request, and a dataclass takes twice as long.
@@ -63,7 +67,7 @@ class Candidate(msgspec.Struct, eq=False):
 
     @property
     def explained(self) -> WorkerCost:
-        """What its cost will be made of, for people; before there is a lease for this prompt."""
+        """Its cost and what that is made of, for people; before there is a lease for this prompt."""
         return WorkerCost(
             worker_id=self.worker.name,
             overlap_blocks=self.overlap_blocks,
@@ -157,24 +161,15 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-class Chooser(Protocol):
-    """Chooses a worker, and counts the prompt as its load for as long as the block runs."""
-
-    def lease(self, pool: Sequence[Candidate], best: Candidate | None, /) -> AbstractAsyncContextManager[Candidate]: ...
+# From candidates and the best of them to the one that gets the prompt, as its load for as long as the block runs.
+Leasing = Callable[[Sequence[Candidate], Candidate], AbstractAsyncContextManager[Candidate]]
 
 
-class LowestCost:
-    """Takes the worker that is cheapest by a policy."""
-
-    def __init__(self, choose: Callable[[Sequence[Candidate]], Candidate]) -> None:
-        self._choose = choose
-
-    @asynccontextmanager
-    async def lease(self, candidates: Sequence[Candidate], best: Candidate | None = None) -> AsyncIterator[Candidate]:
-        """Choose one, unless the best is known, and count the prompt as load on it for as long as the block runs."""
-        best = best or self._choose(candidates)
-        with best.worker.lease(best.prompt, best.overlap_blocks):
-            yield best
+@asynccontextmanager
+async def lease_best(candidates: Sequence[Candidate], best: Candidate) -> AsyncIterator[Candidate]:
+    """Count the prompt as load on the best for as long as the block runs."""
+    with best.worker.lease(best.prompt, best.overlap_blocks):
+        yield best
 
 
 def choose(candidates: Sequence[Candidate], policy: Policy, weights: Weights) -> Candidate:

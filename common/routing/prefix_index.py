@@ -16,12 +16,12 @@ _BITS = 2**60 - 1  # of a sequence hash: for larger numbers Python takes half as
 _OUT_OF_REACH = -1
 
 
-def sequence_hashes(local_hashes: Sequence[int], parent: int = _ROOT) -> list[int]:
+def sequence_hashes(local_hashes: Sequence[int]) -> list[int]:
     """For each block, one number that stands for it and all those before it: equal numbers, equal prefixes.
 
     They are this process's own, of 60 bits, and made by Python's hash of pairs.
     """
-    return list(accumulate(local_hashes, _sequence_hash, initial=parent))[1:]
+    return list(accumulate(local_hashes, _sequence_hash, initial=_ROOT))[1:]
 
 
 def _sequence_hash(before: int, local_hash: int) -> int:
@@ -140,12 +140,9 @@ class PrefixIndex:
 
     def overlaps(self, local_hashes: Sequence[int]) -> dict[int, int]:
         """By instance, how many leading blocks of a prompt it has. One that has none is not in it."""
-        # Whatever its stub says, scores are by instance and data-parallel rank.
+        # Whatever its stub says, scores are by instance and data-parallel rank, which is 0 for all that `_apply` says.
         scores: Any = self._tree.find_matches(list(local_hashes)).scores
-        overlaps: dict[int, int] = {}
-        for (instance_id, _rank), blocks in scores.items():
-            overlaps[instance_id] = max(blocks, overlaps.get(instance_id, 0))
-        return overlaps
+        return {instance_id: blocks for (instance_id, _rank), blocks in scores.items()}
 
     def blocks(self, instance_id: int) -> int:
         """How many blocks a worker has in its cache, also of those that no prompt can reach."""
@@ -154,12 +151,11 @@ class PrefixIndex:
     async def follow(self, instance_id: int, events: KvEventStream) -> AsyncIterator[tuple[Update | Lost, list[int]]]:
         """Keep a worker's blocks true. Yield each thing that came, and the sequence hashes of the blocks stored."""
         async for item in events:
-            stored: list[int] = []
             if isinstance(item, Lost):
-                self.clear(instance_id)
+                self.forget(instance_id)
+                yield item, []
             else:
-                stored = self.apply(instance_id, *item.changes)
-            yield item, stored
+                yield item, self.apply(instance_id, *item.changes)
 
     def apply(self, instance_id: int, *changes: Change) -> list[int]:
         """Take in changes of a worker's cache, in their order, and return the sequence hashes of the blocks stored.
@@ -171,13 +167,8 @@ class PrefixIndex:
         self._tell_tree(instance_id, self._caches[instance_id])
         return stored
 
-    def clear(self, instance_id: int) -> None:
-        """Forget a worker's blocks."""
-        self._tree.clear_all_blocks(instance_id)
-        self._caches.pop(instance_id, None)
-
     def forget(self, instance_id: int) -> None:
-        """Forget a worker."""
+        """Forget a worker's blocks."""
         self._tree.remove_worker(instance_id)
         self._caches.pop(instance_id, None)
 
@@ -196,7 +187,7 @@ class PrefixIndex:
                 removed = [block_id for block_id in change.block_ids if cache.remove(block_id)]
                 self.applied["removed", "ok" if removed else "block_not_found"] += 1
             case AllBlocksCleared():
-                self.clear(instance_id)
+                self.forget(instance_id)
                 self.applied["cleared", "ok"] += 1
         return []
 

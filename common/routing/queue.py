@@ -8,19 +8,17 @@ In production Dynamo this is the queue of the KvRouter (`router_queue_threshold`
 lib/kv-router/src/scheduling/queue.rs), off by default, in which a long prompt can be overtaken for ever.
 """
 
-import argparse
 import asyncio
 import math
 import time
 from bisect import insort
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, field
 
 from common.errors import Cancelled, Overloaded
-from common.messages import FindWorkerRequest, ModelIdentity
-from common.routing.policy import Candidate
+from common.messages import FindWorkerRequest
+from common.routing.policy import Candidate, Options, option
 from common.routing.worker import Worker
 
 AGEING = 1000.0  # tokens that a prompt gets ahead in a second
@@ -33,57 +31,33 @@ SWEEP_SECONDS = 0.25  # between looks at who does not wait any more
 
 
 @dataclass(slots=True, frozen=True)
-class QueueOptions:
+class QueueOptions(Options):
     """When prompts wait, and how long."""
 
-    queue_tokens: float = 2048.0
-    max_waiting: float = 30.0  # seconds
+    queue_tokens: float = option(
+        2048.0, "prompts wait while the worker that is best for them has so many tokens to compute; 0: they do not"
+    )
+    max_waiting: float = option(30.0, "seconds that a prompt may wait; one that would wait longer is refused")
 
-    @classmethod
-    def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """An option for each."""
-        default = cls()
-        text = "prompts wait while the worker that is best for them has so many tokens to compute; 0: they do not"
-        parser.add_argument("--queue-tokens", type=float, default=default.queue_tokens, help=text)
-        text = "seconds that a prompt may wait; one that would wait longer is refused"
-        parser.add_argument("--max-waiting", type=float, default=default.max_waiting, help=text)
 
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Self:
-        """Those of a command line."""
-        return cls(args.queue_tokens, args.max_waiting)
+Find = Callable[[], Sequence[Candidate]]  # who may take a prompt; it raises Unavailable if nobody may
 
 
 @dataclass(slots=True, eq=False)
 class Waiting:
     """A prompt that came to a queue."""
 
-    request: FindWorkerRequest
-    find: Callable[[], Sequence[Candidate]]
+    find: Find
     is_over: Callable[[], bool]
+    request: FindWorkerRequest
     since: float  # on the queue's clock
     blocks: float = 0.0  # to compute
     order: tuple[float, float] = (0.0, 0.0)  # what is less goes first
-    # Once it has its turn: among whom, and the best of them, if the queue looked for it.
+    # Once it has its turn: among whom, and the best of them.
     candidates: Sequence[Candidate] = ()
-    best: Candidate | None = None
+    best: Candidate = field(init=False, repr=False)
     seconds: float = 0.0  # that it has waited
     turn: asyncio.Future[None] | None = None
-
-
-class Queues:
-    """A queue for each model."""
-
-    def __init__(self, make: Callable[[], "Queue"]) -> None:
-        self._of_model: defaultdict[str, Queue] = defaultdict(make)
-
-    def of(self, model: ModelIdentity) -> "Queue":
-        return self._of_model[model.name]
-
-    @property
-    def waiting(self) -> int:
-        """How many prompts wait."""
-        return sum(map(len, self._of_model.values()))
 
 
 class Queue:
@@ -114,15 +88,13 @@ class Queue:
     def __len__(self) -> int:
         return len(self._line)
 
-    async def turn(
-        self, request: FindWorkerRequest, find: Callable[[], Sequence[Candidate]], is_over: Callable[[], bool]
-    ) -> Waiting:
-        """Return the prompt when it has its turn.
+    async def turn(self, find: Find, is_over: Callable[[], bool]) -> Waiting:
+        """Return a prompt when it has its turn.
 
-        find: who may take the prompt; is_over: whether nobody waits for it any more. Raises Overloaded if it would wait
-        too long, Cancelled if it is over first, and what `find` raises.
+        is_over: whether nobody waits for it any more. Raises Overloaded if it would wait too long, Cancelled if it is
+        over first, and what `find` raises.
         """
-        waiting = self.admit(request, find, is_over)
+        waiting = self.admit(find, is_over)
         if waiting.candidates:
             return waiting
         waiting.turn = asyncio.get_running_loop().create_future()
@@ -143,20 +115,15 @@ class Queue:
                 sweep_at += SWEEP_SECONDS
                 self._sweep()
             waiting = self.next()
-            await asyncio.sleep(0 if waiting else POLL_SECONDS)  # with 0, whoever has its turn now chooses first
+            await asyncio.sleep(0 if waiting else POLL_SECONDS)  # with 0, whoever has its turn now is leased first
 
-    def admit(
-        self,
-        request: FindWorkerRequest,
-        find: Callable[[], Sequence[Candidate]],
-        is_over: Callable[[], bool] = lambda: False,
-    ) -> Waiting:
+    def admit(self, find: Find, is_over: Callable[[], bool] = lambda: False) -> Waiting:
         """Give a prompt its turn, or else put it into the queue. Raises Overloaded if it would wait too long there, and
         what `find` raises."""
-        candidates, now = find(), self._clock()
-        waiting = Waiting(request, find, is_over, since=now)
-        if not self._options.queue_tokens or request.begun:
-            waiting.candidates = candidates
+        candidates = find()
+        waiting = Waiting(find, is_over, candidates[0].request, since=self._clock())
+        if not self._options.queue_tokens or waiting.request.begun:
+            waiting.candidates, waiting.best = candidates, self._choose(candidates)
         elif self._line or not self._may_go(waiting, candidates):
             self._line_up(waiting, candidates)
         return waiting
@@ -217,9 +184,9 @@ class Queue:
     def _may_go(self, waiting: Waiting, candidates: Sequence[Candidate]) -> bool:
         """Whether the best of the candidates has room, which then is the prompt's."""
         best = self._choose(candidates)
-        if self._has_room(best.worker):
+        if has_room := self._has_room(best.worker):
             waiting.candidates, waiting.best = candidates, best
-        return waiting.best is not None
+        return has_room
 
     def _has_room(self, worker: Worker) -> bool:
         """Whether a worker has little to compute, or its events do not tell."""
@@ -244,3 +211,6 @@ class Queue:
                 self._sessions[session] -= waiting.blocks
         if not self._line:
             self._sessions.clear()
+
+
+Queues = defaultdict[str, Queue]  # by model

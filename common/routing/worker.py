@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from common.kv_events import Lost, Update
+from common.kv_events import KvEventStream, Lost, Update
 from common.messages import LoadStat, ModelIdentity, WorkerInfo
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ class Worker:
         self.report: LoadStat | None = None  # its last own account
         self.reported_at = 0.0  # when that came, on the monotonic clock; 0 if none has
         self.reason: str | None = None  # why it does not fit requests for its own model
+        self.unfit_for: set[str] = set()  # such requests that the log knows of
+        self.stream: KvEventStream | None = None  # its KV events
         self._computing_since = 0.0  # when it last stored or got something to compute, on its clock
         self._computing_seconds = 0.0  # that it computed of late
         self._computed_blocks = 0.0  # in that time
@@ -120,10 +122,6 @@ class Worker:
         """Time since anything came from it; None if nothing has."""
         heard_at = max(self.reported_at, self.event_at or 0.0)
         return self._clock() - heard_at if heard_at else None
-
-    def serves(self, model_name: str) -> bool:
-        """Whether it says that it serves a model of this name."""
-        return self.info is not None and self.info.model.name == model_name
 
     def mismatch(self, model: ModelIdentity) -> str | None:
         """Why it cannot run requests for `model`; None if it can. One that announces nothing may be any."""

@@ -31,7 +31,7 @@ def told() -> set[str]:
     made, fleet = registry(), Fleet()
     fleet.add(Worker(1, worker_info(1)))
     FrontendMetrics(made, bool)
-    RouterMetrics(made, fleet, "9", int)
+    RouterMetrics(made, fleet, "9")
     names = set[str]()
     for family in made.collect():
         ends = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from common.engines.ports import free_ports
@@ -52,8 +52,12 @@ class Scene:
         prompt = Prompt(sequence_hashes(request.local_hashes), request.tokens / model.block_size)
         return self.fleet.candidates(request, prompt)
 
+    def lease(self, *tokens: Sequence[int], **asked: Any) -> AbstractAsyncContextManager[Candidate]:
+        candidates = self.candidates(*tokens, **asked)
+        return self.policy.lease(candidates, candidates[0])
+
     async def chosen(self, **asked: Any) -> int:
-        async with self.policy.lease(self.candidates(**asked)) as best:
+        async with self.lease(**asked) as best:
             return best.worker.instance_id
 
     async def store(self, instance_id: int, tokens: Sequence[int] = TOKENS) -> None:
@@ -63,7 +67,7 @@ class Scene:
         async with asyncio.timeout(30):
             while True:
                 await self.publishers[instance_id].publish_stored(tokens, block_ids)
-                async with self.policy.lease(self.candidates(tokens)) as best:
+                async with self.lease(tokens) as best:
                     if best.overlap_blocks == len(block_ids):
                         return
                 await asyncio.sleep(0.02)
@@ -135,10 +139,10 @@ def test_the_cache_decides_between_idle_workers() -> None:
         await scene.store(1)
         await scene.store(2, OTHERS)
         for _ in range(10):
-            async with scene.policy.lease(scene.candidates(TOKENS)) as best:
+            async with scene.lease(TOKENS) as best:
                 assert (best.worker.instance_id, best.overlap_blocks) == (1, 4)
         assert {await scene.chosen(tokens=OTHERS) for _ in range(10)} == {2}
-        async with scene.policy.lease(scene.candidates([*TOKENS[: 2 * BLOCK_SIZE], *OTHERS])) as best:
+        async with scene.lease([*TOKENS[: 2 * BLOCK_SIZE], *OTHERS]) as best:
             assert (best.worker.instance_id, best.overlap_blocks) == (1, 2)
 
     play(scenario, 1, 2)
@@ -154,7 +158,7 @@ def test_what_was_stored_before_it_came_is_read_with_the_next_event() -> None:
             overlap = 0
             while overlap < 1:
                 await publisher.publish_removed([99])
-                async with scene.policy.lease(scene.candidates()) as best:
+                async with scene.lease() as best:
                     overlap = best.overlap_blocks
 
     play(scenario, 1)
@@ -162,11 +166,11 @@ def test_what_was_stored_before_it_came_is_read_with_the_next_event() -> None:
 
 def test_a_lease_is_load_in_its_books_and_in_ours_until_it_ends() -> None:
     async def scenario(scene: Scene) -> None:
-        async with scene.policy.lease(scene.candidates()) as one:
+        async with scene.lease() as one:
             worker = one.worker
             assert scene.loads()[worker.instance_id] == (1, len(TOKENS))
             assert (worker.requests, worker.prefill_blocks) == (1, 4)
-            async with scene.policy.lease(scene.candidates(OTHERS)) as other:
+            async with scene.lease(OTHERS) as other:
                 assert other.worker is not worker
             worker.on_stored(one.prompt.sequence_hashes)
             async with asyncio.timeout(30):
@@ -181,7 +185,7 @@ def test_a_lease_is_load_in_its_books_and_in_ours_until_it_ends() -> None:
 def test_a_lease_that_fails_is_freed() -> None:
     async def scenario(scene: Scene) -> None:
         with pytest.raises(ZeroDivisionError):
-            async with scene.policy.lease(scene.candidates()):
+            async with scene.lease():
                 raise ZeroDivisionError
         assert scene.loads() == {1: (0, 0)}
 
@@ -191,7 +195,7 @@ def test_a_lease_that_fails_is_freed() -> None:
 def test_one_that_left_is_forgotten_and_so_are_the_requests_that_it_had() -> None:
     async def scenario(scene: Scene) -> None:
         async with AsyncExitStack() as leases:
-            gone = await leases.enter_async_context(scene.policy.lease(scene.candidates(excluded=[2])))
+            gone = await leases.enter_async_context(scene.lease(excluded=[2]))
             assert gone.worker.instance_id == 1
             scene.fleet.forget(1)
             assert await scene.chosen() == 2
@@ -249,10 +253,10 @@ def test_with_a_queue_the_shortest_prompt_goes_on_when_a_worker_has_nothing_to_c
 
     async def scenario(scene: Scene) -> None:
         async def ask(name: str, tokens: Sequence[int]) -> None:
-            async with scene.policy.lease(scene.candidates(tokens)):
+            async with scene.lease(tokens):
                 taken.append(name)
 
-        async with scene.policy.lease(scene.candidates()):
+        async with scene.lease():
             asked = {"long": OTHERS, "gone": OTHERS, "short": OTHERS[:BLOCK_SIZE]}
             tasks = {name: asyncio.create_task(ask(name, tokens)) for name, tokens in asked.items()}
             await scene.until_pending(3)
@@ -295,7 +299,7 @@ class TestWeights:
     def test_decode_active_request_weight(self, weight: float, chosen: int) -> None:
         async def scenario(scene: Scene) -> None:
             await scene.store(1)
-            async with scene.policy.lease(scene.candidates()) as best:
+            async with scene.lease() as best:
                 assert best.worker.instance_id == 1
                 assert await scene.chosen() == chosen
 

@@ -250,7 +250,7 @@ class Router:
             if hashes:
                 stored = StoredBlocks(parent_id=None, block_ids=[*range(1, len(hashes) + 1)], local_hashes=hashes)
                 self.fleet.index.apply(number, stored)
-        self.metrics = RouterMetrics(self.registry, self.fleet, "9", lambda: 3)
+        self.metrics = RouterMetrics(self.registry, self.fleet, "9", [range(1), range(2)])
 
     def decide(self, name: str) -> Candidate:
         """Let a prompt of four blocks and a half go to a worker."""

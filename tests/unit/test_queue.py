@@ -1,7 +1,7 @@
 """Prompts wait until the worker that is best for them has room, and not for ever."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from functools import partial
 from itertools import count
@@ -11,9 +11,9 @@ from common.errors import Cancelled, Overloaded, Unavailable
 from common.messages import FindWorkerRequest
 from common.routing import queue as module
 from common.routing.fleet import Fleet
-from common.routing.policy import Candidate, Weights, choose, kv
+from common.routing.policy import Weights, choose, kv
 from common.routing.prefix_index import sequence_hashes
-from common.routing.queue import AGEING, LONGEST, NEWS_SECONDS, Queue, QueueOptions, Queues, Waiting
+from common.routing.queue import AGEING, LONGEST, NEWS_SECONDS, Find, Queue, QueueOptions, Waiting
 from common.routing.worker import Lease, Prompt, Worker
 from tests.unit.stand_ins import BLOCK_SIZE, identity, worker_info
 
@@ -40,16 +40,16 @@ class Scene:
         self.leases: dict[Lease, ExitStack] = {}
         self.names: dict[Waiting, str] = {}
 
-    def prompt(self, blocks: int, **fields: Any) -> tuple[FindWorkerRequest, Callable[[], Sequence[Candidate]]]:
+    def prompt(self, blocks: int, **fields: Any) -> Find:
         hashes = [next(UNIQUE) for _ in range(blocks)]
         wanted = {"model": identity().encode(), "local_hashes": hashes, "tokens": blocks * BLOCK_SIZE, **fields}
         request = FindWorkerRequest.decode(wanted)
-        return request, partial(self.fleet.candidates, request, Prompt(sequence_hashes(hashes), blocks))
+        return partial(self.fleet.candidates, request, Prompt(sequence_hashes(hashes), blocks))
 
     def come(self, name: str, blocks: int, **fields: Any) -> bool:
         """Whether a prompt has to wait that comes now."""
-        request, find = self.prompt(blocks, **fields)
-        waiting = self.queue.admit(request, find)
+        find = self.prompt(blocks, **fields)
+        waiting = self.queue.admit(find)
         self.names[waiting] = name
         return not waiting.candidates
 
@@ -106,11 +106,11 @@ class TestTurns:
     def test_it_waits_for_the_one_that_has_its_beginning_if_that_is_sooner(self) -> None:
         scene = Scene(workers=2)
         lease = scene.work(1, ROOM + 1)
-        request, find = scene.prompt(40)
+        find = scene.prompt(40)
         hashes = find()[0].prompt.sequence_hashes
         cached = ExitStack()
         cached.enter_context(scene.fleet.workers[1].lease(Prompt(hashes, 40), 40))
-        waiting = scene.queue.admit(request, find)
+        waiting = scene.queue.admit(find)
         assert not waiting.candidates
         assert scene.queue.next() is None
         scene.store(1, lease, 5)
@@ -276,16 +276,16 @@ def play(scenario: Callable[[Scene], Awaitable[None]], **options: Any) -> None:
 
 class TestWaiting:
     def wait(self, scene: Scene, blocks: int, is_over: Callable[[], bool] = lambda: False) -> asyncio.Task[Any]:
-        request, find = scene.prompt(blocks)
-        return asyncio.create_task(scene.queue.turn(request, find, is_over))
+        find = scene.prompt(blocks)
+        return asyncio.create_task(scene.queue.turn(find, is_over))
 
     def test_whoever_has_its_turn_chooses_before_the_next(self) -> None:
         async def scenario(scene: Scene) -> None:
             chosen = []
 
             async def go(blocks: int) -> None:
-                request, find = scene.prompt(blocks)
-                turn = await scene.queue.turn(request, find, lambda: False)
+                find = scene.prompt(blocks)
+                turn = await scene.queue.turn(find, lambda: False)
                 assert turn.seconds == scene.now - 1000
                 assert turn.best is turn.candidates[0]
                 chosen.append((blocks, turn.best.worker.prefill_blocks))
@@ -358,14 +358,3 @@ class TestWaiting:
                 await waiting
 
         play(scenario)
-
-
-def test_each_model_has_a_queue() -> None:
-    scene = Scene()
-    queues = Queues(lambda: Queue(QueueOptions(), list, lambda candidates: candidates[0]))
-    assert queues.of(identity("a")) is queues.of(identity("a")) is not queues.of(identity("b"))
-    assert queues.waiting == 0
-    scene.work(1, 50)
-    queues._of_model["a"] = scene.queue
-    assert scene.come("one", 1)
-    assert queues.waiting == 1

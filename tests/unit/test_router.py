@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any, cast
 
 from common.errors import Unavailable
@@ -14,8 +14,8 @@ from common.routing.fleet import Fleet
 from common.routing.metrics import RouterMetrics
 from common.routing.policy import POLICIES, Weights
 from common.routing.queue import QueueOptions
-from common.routing.worker import Worker
-from router import Router, arguments, chooser_of
+from common.routing.worker import Prompt, Worker
+from router import Router, arguments, choice_by
 from tests.unit.stand_ins import identity, worker_info
 
 import pytest
@@ -41,15 +41,15 @@ class Scene:
             self.fleet.add(Worker(number, worker_info(number)))
         self.leaving = asyncio.Event()
         self.registry = CollectorRegistry()
-        chooser, queues = chooser_of(policy, Weights(), QueueOptions(), self.fleet)
+        queues, lease = choice_by(policy, Weights(), QueueOptions(), self.fleet)
         self.router = Router(
             self.fleet,
             cast(Any, Settled()),
-            chooser,
+            lease,
             policy=policy,
             queues=queues,
             feed=Feed(9, self._stopped),
-            metrics=RouterMetrics(self.registry, self.fleet, "9", lambda: queues.waiting),
+            metrics=RouterMetrics(self.registry, self.fleet, "9", queues.values()),
             stopped=self._stopped,
         )
 
@@ -178,6 +178,23 @@ def test_prompts_that_come_again_and_are_in_no_cache_are_noticed(caplog: pytest.
     assert f"{overlap_watch.REPEATS} repeated prompts in a row found no cached prefix" in caplog.text
 
 
+def test_the_status_says_how_many_wait_whatever_their_model() -> None:
+    async def scenario(scene: Scene) -> None:
+        scene.fleet.add(Worker(3, worker_info(3, model=identity("n"))))
+        with ExitStack() as busy:
+            for worker in scene.fleet.workers.values():
+                busy.enter_context(worker.lease(Prompt(range(1000), 1000), 0))
+                worker.on_stored([0])
+            waiting = [asyncio.create_task(scene.decide(model=identity(name).encode())) for name in "mmn"]
+            await asyncio.sleep(0)
+            (status,) = [status async for status in scene.router.workers(WorkersRequest(), Context("x"))]
+            assert status.waiting == 3
+        decisions = await asyncio.gather(*waiting)
+        assert [decision.instance_id == 3 for decision in decisions] == [False, False, True]
+
+    play(scenario)
+
+
 def test_what_no_engine_fits_is_refused_and_shown() -> None:
     async def scenario(scene: Scene) -> None:
         with pytest.raises(Unavailable, match="no engine fits"):
@@ -195,4 +212,4 @@ def test_what_no_engine_fits_is_refused_and_shown() -> None:
 def test_every_policy_can_be_asked_for() -> None:
     for policy in (*POLICIES, "dynamo"):
         assert arguments().parse_args(["--policy", policy]).policy == policy
-        assert chooser_of(policy, Weights(), QueueOptions(), Fleet())
+        assert choice_by(policy, Weights(), QueueOptions(), Fleet())

@@ -46,10 +46,6 @@ class TestSequenceHashes:
         assert one[2] != other[2]
         assert one[3] != other[3]
 
-    def test_it_goes_on_from_a_parent(self) -> None:
-        whole = sequence_hashes(HASHES)
-        assert sequence_hashes(HASHES[1:], whole[0]) == whole[1:]
-
 
 class TestPrefixIndex:
     def test_counts_the_leading_blocks_that_each_worker_has(self) -> None:
@@ -117,10 +113,10 @@ class TestPrefixIndex:
         index.forget(1)
         assert index.overlaps(HASHES) == {2: 3}
 
-    def test_a_cleared_worker_can_fill_its_cache_again(self) -> None:
+    def test_a_forgotten_worker_can_fill_its_cache_again(self) -> None:
         index = PrefixIndex()
         for _ in range(2):
-            index.clear(1)
+            index.forget(1)
             index.apply(1, stored(HASHES, [10, 11, 12]))
         assert index.overlaps(HASHES) == {1: 3}
 

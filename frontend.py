@@ -101,7 +101,7 @@ class Frontend:
         self._complete = complete
         self._tokenize = tokenize
         self._detokenize = detokenize
-        self._stage = stage
+        self._chat: Remote[ChatCompletionRequest, ChatCompletionChunk] = stage or processors.process
         self._keepalive_seconds = keepalive_seconds
         self._strict_fields = strict_fields
         self._noted_fields: set[str] = set()
@@ -149,24 +149,21 @@ class Frontend:
             expose_headers=ANSWER_HEADERS,
         )
 
-    async def chat_completions(
+    def chat_completions(
         self, completion_request: ChatCompletionRequest, context: Context
     ) -> AsyncGenerator[ChatCompletionChunk]:
         """Yield the answer to a chat completion request, chunk by chunk; a last chunk has the usage.
 
         Raises PipelineError, as `Processors.find` and `Remote.stream` do.
         """
-        remote = self._stage or self._processors.process
-        async with aclosing(self._answer(remote, completion_request, context)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        return self._answer(self._chat, completion_request, context)
 
     async def _answer(
         self, remote: Remote[Any, ChatCompletionChunk], completion_request: GenerationRequest, context: Context
     ) -> AsyncGenerator[ChatCompletionChunk]:
         if self._service.lost:
             raise Unavailable("this server is being stopped; try again in a moment")
-        stream = self._processors.stream(completion_request, context, remote, stage=remote is self._stage)
+        stream = self._processors.stream(completion_request, context, remote)
         answered = False
         try:
             async with aclosing(stream) as chunks:
@@ -182,24 +179,23 @@ class Frontend:
 
     async def post_chat_completions(self, request: Request, completion_request: ChatCompletionRequest) -> Response:
         """Answer a conversation, as OpenAI's API does."""
-        chunks = self.chat_completions(completion_request, Exchange.of(request).context)
-        return await self._respond(request, completion_request, chunks, ChatForm())
+        return await self._respond(request, completion_request, self._chat, ChatForm())
 
     async def post_completions(self, request: Request, completion_request: CompletionRequest) -> Response:
         """Go on with a text, as OpenAI's older API does."""
-        chunks = self._answer(self._complete, completion_request, Exchange.of(request).context)
-        return await self._respond(request, completion_request, chunks, TextForm())
+        return await self._respond(request, completion_request, self._complete, TextForm())
 
     async def _respond(
         self,
         request: Request,
         completion_request: GenerationRequest,
-        chunks: AsyncGenerator[ChatCompletionChunk],
+        remote: Remote[Any, ChatCompletionChunk],
         form: Form,
     ) -> Response:
         exchange = Exchange.of(request)
         completion_request.resume = None  # which only a frontend may say
         exchange.begin(completion_request, self._ignored(completion_request))
+        chunks = self._answer(remote, completion_request, exchange.context)
         if completion_request.stream:
             return await self._stream(request, completion_request, chunks, form)
         async with exchange.stopped_on_disconnect(request):

@@ -15,7 +15,6 @@ processor and the router in the same process.
 """
 
 import argparse
-import asyncio
 import logging
 import os
 import sys
@@ -197,39 +196,18 @@ class Frontend:
         exchange.begin(completion_request, self._ignored(completion_request))
         chunks = self._answer(remote, completion_request, exchange.context)
         if completion_request.stream:
-            return await self._stream(request, completion_request, chunks, form)
+            return EventStream(
+                chunks,
+                exchange,
+                form,
+                include_usage=completion_request.include_usage,
+                keepalive_seconds=self._keepalive_seconds,
+            )
         async with exchange.stopped_on_disconnect(request):
             answer = [exchange.noted(chunk) async for chunk in chunks]
         exchange.check_finished()
         body = msgspec.json.encode(form.whole(answer))
         return Response(body, media_type="application/json", headers=exchange.answer_headers)
-
-    async def _stream(
-        self,
-        request: Request,
-        completion_request: GenerationRequest,
-        chunks: AsyncGenerator[ChatCompletionChunk],
-        form: Form,
-    ) -> Response:
-        """The answer as events, once it is clear who answers, or after some time even so."""
-        exchange = Exchange.of(request)
-        first = asyncio.ensure_future(anext(chunks))
-        try:
-            async with exchange.stopped_on_disconnect(request):
-                await asyncio.wait([first], timeout=self._keepalive_seconds or None)
-            if first.done():
-                exchange.noted(first.result())  # an error now has a status
-        except asyncio.CancelledError:
-            first.cancel()
-            raise
-        return EventStream(
-            first,
-            chunks,
-            exchange,
-            form,
-            include_usage=completion_request.include_usage,
-            keepalive_seconds=self._keepalive_seconds,
-        )
 
     def _ignored(self, completion_request: GenerationRequest) -> list[str]:
         """The fields that nobody here knows, which the log names once. Raises InvalidRequest if none may be sent."""

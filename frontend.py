@@ -24,11 +24,10 @@ from typing import Any
 
 from common.errors import Cancelled, Internal, InvalidRequest, Overloaded, Unavailable
 from common.events import WATCH_FRONTEND, WATCH_PROCESSOR, WATCH_ROUTER, Feed
-from common.http import page
+from common.http import demo, page
 from common.http.access import Guard, guard
 from common.http.body import JsonRoute
 from common.http.canary import Canary
-from common.http.demo import Demo
 from common.http.event_stream import EventStream
 from common.http.events import RequestEvents
 from common.http.exchange import ANSWER_HEADERS, Exchange, Exchanges, Observer, add_error_handlers
@@ -282,7 +281,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     metrics = FrontendMetrics(service.registry, processors.serves)
     routes = [status.routes(), Watch(feeds, status, service.stopped, hello).routes(), page.routes(), metrics.routes()]
     if args.demo:
-        routes.append(Demo(Remote(DIE, await runtime.endpoint(DIE.path).client())).routes())
+        routes.append(demo.routes(Remote(DIE, await runtime.endpoint(DIE.path).client())))
     observers: list[Observer] = [RequestEvents(feed, show_prompts=args.show_prompts), metrics]
     if args.record:
         observers.append(Recorder(args.record))

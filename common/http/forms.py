@@ -1,7 +1,6 @@
 """What clients get of the chunks that a processor makes: events as they come, or one body."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 from common.openai_api import (
     AssistantMessage,
@@ -20,16 +19,6 @@ from common.openai_api import (
 
 from msgspec import UNSET
 from msgspec.structs import replace
-
-
-class Form(Protocol):
-    """How the answers to one request are written."""
-
-    def events(self, chunk: ChatCompletionChunk) -> Iterator[object]:
-        """The bodies of the server-sent events for a chunk."""
-
-    def whole(self, chunks: Sequence[ChatCompletionChunk]) -> object:
-        """The body for all of them."""
 
 
 class ChatForm:
@@ -95,6 +84,9 @@ class TextForm:
         self._lengths[choice.index] = begin + len(text)
         logprobs = _text_logprobs(choice.logprobs, begin) if choice.logprobs else None
         return TextChoice(index=choice.index, text=text, logprobs=logprobs, finish_reason=choice.finish_reason)
+
+
+Form = ChatForm | TextForm  # how the answers to one request are written
 
 
 def _by_index(chunks: Sequence[ChatCompletionChunk]) -> list[list[ChunkChoice]]:

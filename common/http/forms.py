@@ -1,6 +1,7 @@
 """What clients get of the chunks that a processor makes: events as they come, or one body."""
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from common.openai_api import (
     AssistantMessage,
@@ -144,10 +145,7 @@ def _choice(parts: Sequence[ChunkChoice]) -> Choice:
 
 
 def _text_logprobs(logprobs: Logprobs, offset: int) -> TextLogprobs:
-    offsets = []
-    for entry in logprobs.content:
-        offsets.append(offset)
-        offset += len(entry.token)
+    *offsets, _ = accumulate((len(entry.token) for entry in logprobs.content), initial=offset)
     return TextLogprobs(
         tokens=[entry.token for entry in logprobs.content],
         token_logprobs=[entry.logprob for entry in logprobs.content],

@@ -15,7 +15,6 @@ processor and the router in the same process.
 """
 
 import argparse
-import asyncio
 import logging
 import os
 import sys
@@ -25,11 +24,10 @@ from typing import Any
 
 from common.errors import Cancelled, Internal, InvalidRequest, Overloaded, Unavailable
 from common.events import WATCH_FRONTEND, WATCH_PROCESSOR, WATCH_ROUTER, Feed
-from common.http import page
+from common.http import demo, page
 from common.http.access import Guard, guard
 from common.http.body import JsonRoute
 from common.http.canary import Canary
-from common.http.demo import Demo
 from common.http.event_stream import EventStream
 from common.http.events import RequestEvents
 from common.http.exchange import ANSWER_HEADERS, Exchange, Exchanges, Observer, add_error_handlers
@@ -101,7 +99,7 @@ class Frontend:
         self._complete = complete
         self._tokenize = tokenize
         self._detokenize = detokenize
-        self._stage = stage
+        self._chat: Remote[ChatCompletionRequest, ChatCompletionChunk] = stage or processors.process
         self._keepalive_seconds = keepalive_seconds
         self._strict_fields = strict_fields
         self._noted_fields: set[str] = set()
@@ -149,24 +147,21 @@ class Frontend:
             expose_headers=ANSWER_HEADERS,
         )
 
-    async def chat_completions(
+    def chat_completions(
         self, completion_request: ChatCompletionRequest, context: Context
     ) -> AsyncGenerator[ChatCompletionChunk]:
         """Yield the answer to a chat completion request, chunk by chunk; a last chunk has the usage.
 
         Raises PipelineError, as `Processors.find` and `Remote.stream` do.
         """
-        remote = self._stage or self._processors.process
-        async with aclosing(self._answer(remote, completion_request, context)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        return self._answer(self._chat, completion_request, context)
 
     async def _answer(
         self, remote: Remote[Any, ChatCompletionChunk], completion_request: GenerationRequest, context: Context
     ) -> AsyncGenerator[ChatCompletionChunk]:
         if self._service.lost:
             raise Unavailable("this server is being stopped; try again in a moment")
-        stream = self._processors.stream(completion_request, context, remote, stage=remote is self._stage)
+        stream = self._processors.stream(completion_request, context, remote)
         answered = False
         try:
             async with aclosing(stream) as chunks:
@@ -182,58 +177,36 @@ class Frontend:
 
     async def post_chat_completions(self, request: Request, completion_request: ChatCompletionRequest) -> Response:
         """Answer a conversation, as OpenAI's API does."""
-        chunks = self.chat_completions(completion_request, Exchange.of(request).context)
-        return await self._respond(request, completion_request, chunks, ChatForm())
+        return await self._respond(request, completion_request, self._chat, ChatForm())
 
     async def post_completions(self, request: Request, completion_request: CompletionRequest) -> Response:
         """Go on with a text, as OpenAI's older API does."""
-        chunks = self._answer(self._complete, completion_request, Exchange.of(request).context)
-        return await self._respond(request, completion_request, chunks, TextForm())
+        return await self._respond(request, completion_request, self._complete, TextForm())
 
     async def _respond(
         self,
         request: Request,
         completion_request: GenerationRequest,
-        chunks: AsyncGenerator[ChatCompletionChunk],
+        remote: Remote[Any, ChatCompletionChunk],
         form: Form,
     ) -> Response:
         exchange = Exchange.of(request)
         completion_request.resume = None  # which only a frontend may say
         exchange.begin(completion_request, self._ignored(completion_request))
+        chunks = self._answer(remote, completion_request, exchange.context)
         if completion_request.stream:
-            return await self._stream(request, completion_request, chunks, form)
+            return EventStream(
+                chunks,
+                exchange,
+                form,
+                include_usage=completion_request.include_usage,
+                keepalive_seconds=self._keepalive_seconds,
+            )
         async with exchange.stopped_on_disconnect(request):
             answer = [exchange.noted(chunk) async for chunk in chunks]
         exchange.check_finished()
         body = msgspec.json.encode(form.whole(answer))
         return Response(body, media_type="application/json", headers=exchange.answer_headers)
-
-    async def _stream(
-        self,
-        request: Request,
-        completion_request: GenerationRequest,
-        chunks: AsyncGenerator[ChatCompletionChunk],
-        form: Form,
-    ) -> Response:
-        """The answer as events, once it is clear who answers, or after some time even so."""
-        exchange = Exchange.of(request)
-        first = asyncio.ensure_future(anext(chunks))
-        try:
-            async with exchange.stopped_on_disconnect(request):
-                await asyncio.wait([first], timeout=self._keepalive_seconds or None)
-            if first.done():
-                exchange.noted(first.result())  # an error now has a status
-        except asyncio.CancelledError:
-            first.cancel()
-            raise
-        return EventStream(
-            first,
-            chunks,
-            exchange,
-            form,
-            include_usage=completion_request.include_usage,
-            keepalive_seconds=self._keepalive_seconds,
-        )
 
     def _ignored(self, completion_request: GenerationRequest) -> list[str]:
         """The fields that nobody here knows, which the log names once. Raises InvalidRequest if none may be sent."""
@@ -308,7 +281,7 @@ async def main(runtime: DistributedRuntime, args: argparse.Namespace) -> None:
     metrics = FrontendMetrics(service.registry, processors.serves)
     routes = [status.routes(), Watch(feeds, status, service.stopped, hello).routes(), page.routes(), metrics.routes()]
     if args.demo:
-        routes.append(Demo(Remote(DIE, await runtime.endpoint(DIE.path).client())).routes())
+        routes.append(demo.routes(Remote(DIE, await runtime.endpoint(DIE.path).client())))
     observers: list[Observer] = [RequestEvents(feed, show_prompts=args.show_prompts), metrics]
     if args.record:
         observers.append(Recorder(args.record))

@@ -28,14 +28,11 @@ class PipelineError(Exception):
     def __init__(
         self, message: str, *, code: str | None = None, param: str | None = None, retry_seconds: int | None = None
     ) -> None:
-        super().__init__(message)
         self.message = _bounded(message, _MAX_MESSAGE)
+        super().__init__(self.message)
         self.code = code
         self.retry_seconds = retry_seconds or self.retry_seconds
         self.param = param and _bounded(param, _MAX_PARAM)
-
-    def __str__(self) -> str:
-        return self.message
 
     @property
     def body(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ Unsupported = Annotated[None, BeforeValidator(_refuse)]  # would change the answ
 class _Open(Message):
     """What a client may send, and what this pipeline does not know of it, the chat template may. Null is not given."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", serialize_by_alias=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -310,10 +310,6 @@ class GenerationRequest(_Body):
             return cls.model_validate(body)
         except ValidationError as error:
             raise explain(error.errors(include_url=False)) from error
-
-    def encode(self) -> dict[str, Any]:
-        """As the runtime sends it, and `decode` reads it."""
-        return self.model_dump(exclude_unset=True, by_alias=True)
 
     @property
     def choices(self) -> int:

@@ -39,7 +39,7 @@ class Canary:
 
     async def _ask(self, model: str) -> str | None:
         context, finished = Context(uuid.uuid4().hex, {"x-request-id": "canary"}), False
-        answer = self._processors.stream(self._question(model), context, self._remote, stage=self._stage)
+        answer = self._processors.stream(self._question(model), context, self._remote)
         try:
             async with asyncio.timeout(ANSWER_SECONDS), aclosing(answer) as chunks:
                 async for chunk in chunks:

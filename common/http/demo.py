@@ -8,24 +8,19 @@ from common.remote import Remote
 from fastapi import APIRouter
 
 
-class Demo:
-    """Answers POST /demo/kill/{instance_id}."""
+def routes(engines: Remote[DieRequest, Die]) -> APIRouter:
+    """POST /demo/kill/{instance_id}."""
+    routes = APIRouter()
 
-    def __init__(self, engines: Remote[DieRequest, Die]) -> None:
-        self._engines = engines
-
-    def routes(self) -> APIRouter:
-        """The path."""
-        routes = APIRouter()
-        routes.add_api_route("/demo/kill/{instance_id}", self.kill, methods=["POST"], responses=errors(404))
-        return routes
-
-    async def kill(self, instance_id: int) -> dict[str, str]:
+    @routes.post("/demo/kill/{instance_id}", responses=errors(404))
+    async def kill(instance_id: int) -> dict[str, str]:
         """Kill an engine that was started with --demo, with SIGKILL: it finishes nothing and says goodbye to nobody."""
-        if instance_id not in self._engines.instance_ids():
+        if instance_id not in engines.instance_ids():
             raise NotFound(f"no engine of instance {instance_id} runs with --demo")
         try:
-            await self._engines.call(DieRequest(), instance_id)
+            await engines.call(DieRequest(), instance_id)
         except PipelineError:
             return {"status": "killed"}  # it had no time for an answer
         return {"status": "dying"}
+
+    return routes

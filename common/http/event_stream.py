@@ -21,8 +21,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        first: asyncio.Future[ChatCompletionChunk],
-        rest: AsyncIterator[ChatCompletionChunk],
+        chunks: AsyncIterator[ChatCompletionChunk],
         exchange: Exchange,
         form: Form,
         *,
@@ -32,10 +31,9 @@ class EventStream(Response):
         """keepalive_seconds: after so long without an event comes a comment, so that no proxy takes the connection for
         dead; 0: never."""
         headers = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(headers=headers | exchange.answer_headers)
+        super().__init__(headers=headers)
         del self.headers["content-length"]
-        self._first = first
-        self._rest = rest
+        self._chunks = chunks
         self._exchange = exchange
         self._form = form
         self._include_usage = include_usage
@@ -43,22 +41,36 @@ class EventStream(Response):
         self._quiet = False  # whether nothing was written since the last look
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        keeping_alive = asyncio.create_task(self._keep_alive())
-        async with self._exchange.stopped_on_disconnect(Request(scope, receive)):
-            try:
-                await self._write_events()
-                await self._write(b"", more=False)
-            finally:
-                keeping_alive.cancel()
-
-    async def _write_events(self) -> None:
+        """Begin once it is clear who answers, or after some time even so. Raises PipelineError before that."""
+        first = asyncio.create_task(self._next())
         try:
-            if not self._first.done():
+            async with self._exchange.stopped_on_disconnect(Request(scope, receive)):
+                await asyncio.wait([first], timeout=self._keepalive_seconds or None)
+                if first.done():
+                    first.result()  # an error now has a status
+                self.headers.update(self._exchange.answer_headers)
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await self._write_all(first)
+        finally:
+            first.cancel()
+
+    async def _next(self) -> ChatCompletionChunk:
+        return self._exchange.noted(await anext(self._chunks))
+
+    async def _write_all(self, first: asyncio.Task[ChatCompletionChunk]) -> None:
+        keeping_alive = asyncio.create_task(self._keep_alive())
+        try:
+            await self._write_events(first)
+            await self._write(b"", more=False)
+        finally:
+            keeping_alive.cancel()
+
+    async def _write_events(self, first: asyncio.Task[ChatCompletionChunk]) -> None:
+        try:
+            if not first.done():
                 await self._write(COMMENT)
-                self._exchange.noted(await self._first)
-            await self._write_chunk(self._first.result())
-            async for chunk in self._rest:
+            await self._write_chunk(await first)
+            async for chunk in self._chunks:
                 await self._write_chunk(self._exchange.noted(chunk))
             self._exchange.check_finished()
             await self._write(b"data: [DONE]\n\n")

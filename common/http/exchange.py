@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
-from typing import NamedTuple, Protocol
+from typing import Protocol
 from urllib.parse import quote
 
 from common import tracing
@@ -37,17 +37,9 @@ ANSWER_HEADERS = [
 ]
 METADATA = ("x-session-id", "x-priority")  # headers that go along to every stage
 
-
-class _Valid(NamedTuple):
-    """What a header may be."""
-
-    pattern: re.Pattern[str]
-    says: str
-
-
 # Of one word, so that no id can look like another field of a log line.
-_REQUEST_ID = _Valid(re.compile(r"[!#-~]{0,128}"), "at most 128 printable ASCII characters without spaces and quotes")
-_PRIORITY = _Valid(re.compile(r"-?\d{1,9}"), "an integer of at most nine digits")
+_REQUEST_ID = re.compile(r"[!#-~]{0,128}"), "at most 128 printable ASCII characters without spaces and quotes"
+_PRIORITY = re.compile(r"-?\d{1,9}"), "an integer of at most nine digits"
 
 InProgress = Callable[[Context], AbstractContextManager[None]]
 
@@ -74,8 +66,8 @@ class Exchange:
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self.error: BaseException | None = None
         try:
-            self.request_id = self._checked("x-request-id", _REQUEST_ID) or context_id
-            self._checked("x-priority", _PRIORITY)
+            self.request_id = self._checked("x-request-id", *_REQUEST_ID) or context_id
+            self._checked("x-priority", *_PRIORITY)
         except InvalidRequest as error:
             self.error = error
         metadata = {name: self.headers[name] for name in METADATA if name in self.headers}
@@ -95,11 +87,11 @@ class Exchange:
         self.usage: Usage | None = None
         self._finish_reasons: dict[int, str | None] = {}  # of each answer, once it is over
 
-    def _checked(self, name: str, valid: _Valid) -> str:
+    def _checked(self, name: str, pattern: re.Pattern[str], says: str) -> str:
         """The value of a header, or "". Raises InvalidRequest if it is not what that may be."""
         value: str | None = self.headers.get(name)
-        if value is not None and not valid.pattern.fullmatch(value):
-            raise InvalidRequest(f"{name} must be {valid.says}", param=name)
+        if value is not None and not pattern.fullmatch(value):
+            raise InvalidRequest(f"{name} must be {says}", param=name)
         return value or ""
 
     @classmethod

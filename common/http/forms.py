@@ -1,7 +1,7 @@
 """What clients get of the chunks that a processor makes: events as they come, or one body."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from itertools import accumulate
 
 from common.openai_api import (
     AssistantMessage,
@@ -20,16 +20,6 @@ from common.openai_api import (
 
 from msgspec import UNSET
 from msgspec.structs import replace
-
-
-class Form(Protocol):
-    """How the answers to one request are written."""
-
-    def events(self, chunk: ChatCompletionChunk) -> Iterator[object]:
-        """The bodies of the server-sent events for a chunk."""
-
-    def whole(self, chunks: Sequence[ChatCompletionChunk]) -> object:
-        """The body for all of them."""
 
 
 class ChatForm:
@@ -97,6 +87,9 @@ class TextForm:
         return TextChoice(index=choice.index, text=text, logprobs=logprobs, finish_reason=choice.finish_reason)
 
 
+Form = ChatForm | TextForm  # how the answers to one request are written
+
+
 def _by_index(chunks: Sequence[ChatCompletionChunk]) -> list[list[ChunkChoice]]:
     """The parts of each answer."""
     answers: dict[int, list[ChunkChoice]] = {}
@@ -152,10 +145,7 @@ def _choice(parts: Sequence[ChunkChoice]) -> Choice:
 
 
 def _text_logprobs(logprobs: Logprobs, offset: int) -> TextLogprobs:
-    offsets = []
-    for entry in logprobs.content:
-        offsets.append(offset)
-        offset += len(entry.token)
+    *offsets, _ = accumulate((len(entry.token) for entry in logprobs.content), initial=offset)
     return TextLogprobs(
         tokens=[entry.token for entry in logprobs.content],
         token_logprobs=[entry.logprob for entry in logprobs.content],

@@ -8,7 +8,6 @@ mean of its tokens.
 import time
 from collections import Counter as Counts
 from collections.abc import Callable, Iterable
-from functools import partial
 
 from common.errors import Cancelled, Overloaded
 from common.http.exchange import Exchange
@@ -26,6 +25,7 @@ UNKNOWN = "unknown_model"  # Dynamo's name for all models that nobody serves: cl
 ENDPOINTS = {"/v1/chat/completions": "chat_completions", "/v1/completions": "completions"}
 
 _ERROR_TYPES = {
+    200: frontend_service.error_type.NONE,
     404: frontend_service.error_type.NOT_FOUND,
     Cancelled.http_status: frontend_service.error_type.CANCELLED,
     503: frontend_service.error_type.UNAVAILABLE,
@@ -51,7 +51,14 @@ class FrontendMetrics(Collector):
         self._is_served = is_served
         self._models: set[str] = set()  # that were served when they were asked for
         self._active: dict[Exchange, None] = {}
-        counter, histogram = partial(_counter, registry), partial(_histogram, registry)
+
+        def counter(name: str, says: str, *more: str) -> Counter:
+            return Counter(f"{name_prefix.FRONTEND}_{name}", says, (labels.MODEL, *more), registry=registry)
+
+        def histogram(name: str, says: str) -> Histogram:
+            full, buckets = f"{name_prefix.FRONTEND}_{name}", _BUCKETS[name]
+            return Histogram(full, says, (labels.MODEL,), registry=registry, buckets=buckets)
+
         self._requests = counter(
             frontend_service.REQUESTS_TOTAL,
             "Requests that are over",
@@ -102,7 +109,6 @@ class FrontendMetrics(Collector):
         registry.register(self)
 
     def routes(self) -> APIRouter:
-        """The path."""
         routes = APIRouter()
         routes.add_api_route("/metrics", self.get_metrics, response_class=Response)
         return routes
@@ -197,16 +203,5 @@ def error_type(status: int, error: BaseException | None = None) -> str:
     """What Dynamo calls the kind of error that an HTTP status stands for; that of being overloaded is an option."""
     if isinstance(error, Overloaded):
         return frontend_service.error_type.OVERLOAD
-    if status == 200:
-        return frontend_service.error_type.NONE
     other = frontend_service.error_type.VALIDATION if status < 500 else frontend_service.error_type.INTERNAL
     return _ERROR_TYPES.get(status, other)
-
-
-def _counter(registry: CollectorRegistry, name: str, says: str, *more: str) -> Counter:
-    return Counter(f"{name_prefix.FRONTEND}_{name}", says, (labels.MODEL, *more), registry=registry)
-
-
-def _histogram(registry: CollectorRegistry, name: str, says: str) -> Histogram:
-    full = f"{name_prefix.FRONTEND}_{name}"
-    return Histogram(full, says, (labels.MODEL,), registry=registry, buckets=_BUCKETS[name])

@@ -1,22 +1,28 @@
 """Which processor serves which model."""
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import NotFound, PipelineError, Unavailable
-from common.http.continuation import Asked, continued
+from common.errors import Abandoned, NotFound, PipelineError, Unavailable
+from common.http.continuation import Asked, Progress
+from common.log import request_id
 from common.messages import DescribeRequest
-from common.openai_api import ChatCompletionChunk, ModelCard
+from common.openai_api import COMPLETE, PROCESS, ChatCompletionChunk, ModelCard
 from common.openai_request import ChatCompletionRequest
-from common.remote import Remote
+from common.remote import Remote, linked
 
 from dynamo.runtime import Context
 
+log = logging.getLogger(__name__)
+
 DESCRIBE_SECONDS = 2.0  # for a processor that is new to say what it serves, before a request is told that nobody does
 RETRY_SECONDS = 1.0  # until a processor that could not say is asked again
+LOOK_SECONDS = 0.1  # between looks for a processor where there is none
 SILENT_SECONDS = 5.0  # of a processor, which says every second at least that it lives
 
 
@@ -84,27 +90,43 @@ class Processors:
         """Whether one has said that it serves a model of this name."""
         return bool(self._serving(model))
 
-    def stream(
+    async def stream(
         self,
         request: Asked,
         context: Context,
         remote: Remote[Asked, ChatCompletionChunk] | None = None,
-        *,
-        stage: bool = False,
     ) -> AsyncGenerator[ChatCompletionChunk]:
-        """Yield what the processors of a model answer at `remote`, by default to a conversation; should one be lost,
-        another one goes on.
+        """Yield what the processors of a model answer at `remote`, which may be a stage before them; by default it is
+        where they take conversations. If one is lost on the way, another one goes on from there.
 
-        stage: whether `remote` is something before the processors. Raises PipelineError, as `find` and `Remote.stream`
-        do.
+        Raises PipelineError, as `find` and `Remote.stream` do.
         """
         asked: Remote[Any, ChatCompletionChunk] = remote or self.process
-
-        async def attempt(rest: Asked, own: Context) -> AsyncGenerator[ChatCompletionChunk]:
-            found = await self.find(rest.model)
-            return asked.stream(rest, own, None if stage else list(found), hopeless=_silent)
-
-        return continued(request, context, attempt, moves=self._moves, seconds=lambda: self.seconds)
+        progress, moved = Progress(request), 0
+        loop = asyncio.get_running_loop()
+        since = loop.time()
+        while True:
+            try:
+                found = list(await self.find(request.model))
+                those = found if asked.spec in (PROCESS, COMPLETE) else None
+                async with (
+                    linked(context, moved) as own,
+                    aclosing(asked.stream(progress.request, own, those, hopeless=_silent)) as chunks,
+                ):
+                    async for chunk in chunks:
+                        progress.note(chunk)
+                        yield chunk
+                return
+            except Abandoned as error:
+                if context.is_stopped() or not progress.resumable or moved >= self._moves:
+                    raise
+                moved += 1
+                since = loop.time()
+                log.warning("request_id=%s moves to another processor: %s", request_id(context), error)
+            except Unavailable as error:
+                if error.code != "no_processor" or loop.time() > since + self.seconds or context.is_stopped():
+                    raise
+                await asyncio.sleep(LOOK_SECONDS)
 
     def _serving(self, model: str) -> dict[int, ModelCard]:
         return {instance_id: card for instance_id, card in self._cards().items() if card.id == model}

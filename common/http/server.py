@@ -1,11 +1,10 @@
 """The HTTP server, beside the endpoints of a service."""
 
 import asyncio
-import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 from common.errors import StartupError
 from common.http.protocol import BoundedProtocol
@@ -23,7 +22,7 @@ BACKLOG = 2048  # connections that may wait to be accepted
 
 
 class _Server(uvicorn.Server):
-    @contextlib.contextmanager
+    @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are the service's: uvicorn would take them over, and raise them again at its end."""
         yield

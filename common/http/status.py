@@ -51,7 +51,6 @@ class Status:
         self._stopping = stopping
 
     def routes(self) -> APIRouter:
-        """The paths."""
         routes = APIRouter()
         unhealthy: dict[int | str, dict[str, Any]] = {503: {"model": Health}}
         routes.add_api_route("/workers", self.get_workers, responses=errors(503))

@@ -74,6 +74,8 @@ class Watch:
         besides the version."""
         self._feeds = feeds
         self._status = status
+        frontends = {feed.spec.component: feed for feed in feeds if feed.spec.component == "frontend"}
+        self._stages: Mapping[str, Remote[Any, Any]] = {**frontends, **status.stages}
         self._stopped = stopped
         self._hello = event("hello", {"version": VERSION, **hello})
         self._viewers: set[_Viewer] = set()
@@ -85,7 +87,6 @@ class Watch:
         self._followed = asyncio.Event()  # once each has answered
 
     def routes(self) -> APIRouter:
-        """The path."""
         routes = APIRouter()
         routes.add_api_route("/events", self.get_events, response_class=StreamingResponse)
         return routes
@@ -175,11 +176,6 @@ class Watch:
             self._tell(event("sampled", {"share": self._share}))
         if self._listened <= self._shares.keys():
             self._followed.set()
-
-    @property
-    def _stages(self) -> Mapping[str, Remote[Any, Any]]:
-        frontends = {feed.spec.component: feed for feed in self._feeds if feed.spec.component == "frontend"}
-        return {**frontends, **self._status.stages}
 
     async def _follow_one(self, feed: Remote[WatchRequest, Events], instance_id: int) -> None:
         """Tell what one program tells, also after it did not answer for a while."""

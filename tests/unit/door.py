@@ -115,10 +115,10 @@ class ScriptedProcessors:
         return self
 
     async def stream(
-        self, request: ChatCompletionRequest, context: Context, remote: Any = None, *, stage: bool = False
+        self, request: ChatCompletionRequest, context: Context, remote: Any = None
     ) -> AsyncGenerator[ChatCompletionChunk]:
         await self.find(request.model)
-        if stage:
+        if remote not in (None, self):
             async for made in remote.stream(request, context):
                 yield made
             return

@@ -3,16 +3,17 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 from common.coalescer import Coalescer
 from common.errors import Abandoned, Internal, Lost, PipelineError, Unavailable, Unreachable
 from common.events import Feed
-from common.http import continuation
-from common.http.continuation import continued
+from common.http import processors
+from common.http.processors import Processors
 from common.messages import FIND_WORKER, GENERATE, WORKERS, ModelIdentity
 from common.model import resolve_model
-from common.openai_api import ChatCompletionChunk
+from common.openai_api import DESCRIBE_MODEL, PROCESS, ChatCompletionChunk, ModelCard
 from common.openai_request import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from common.remote import Remote
 from common.text.chat_model import ChatModel
@@ -32,7 +33,7 @@ Play = Callable[[GenerationRequest, Context], AsyncGenerator[ChatCompletionChunk
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(continuation, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(processors, "LOOK_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +101,14 @@ def ask(
 ) -> list[ChatCompletionChunk]:
     kind: Any = CompletionRequest if "prompt" in body else ChatCompletionRequest
 
-    async def attempt(request: Any, context: Context) -> AsyncGenerator[ChatCompletionChunk]:
-        return play(request, context)
+    async def describe(body: Any, context: Context) -> AsyncGenerator[Any]:
+        yield ModelCard(id="m", created=1, context_length=64).encode()
 
     async def run() -> list[ChatCompletionChunk]:
-        context = Context("x", {"x-request-id": "mine"})
-        stream = continued(kind.decode(body), context, attempt, moves=moves, seconds=lambda: seconds)
+        process: Any = SimpleNamespace(spec=PROCESS, stream=lambda request, own, *_, **__: play(request, own))
+        client: Any = LocalClient({0: describe})
+        serving = Processors(process, Remote(DESCRIBE_MODEL, client), moves=moves, seconds=seconds)
+        stream = serving.stream(kind.decode(body), Context("x", {"x-request-id": "mine"}))
         return [chunk async for chunk in stream]
 
     return asyncio.run(run())

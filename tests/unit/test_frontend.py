@@ -383,6 +383,23 @@ class TestKeepalive:
 
         converse(Door(waits(go_on, two_words), keepalive_seconds=0.01), scenario, {**STREAM, "colour": 1})
 
+    def test_what_comes_just_as_it_begins_is_noted_all_the_same(self, log: Log) -> None:
+        go_on = asyncio.Event()
+        door = Door(waits(go_on, two_words), keepalive_seconds=0.01)
+        app = door.app
+
+        async def meanwhile(scope: Scope, receive: Receive, send: Send) -> None:
+            async def sends(message: Message) -> None:
+                go_on.set()
+                await asyncio.sleep(0.01)
+                await send(message)
+
+            await app(scope, receive, sends)
+
+        door.app = meanwhile
+        assert "routing" not in door.post(STREAM).text
+        assert " worker=w1 " in log()[0]
+
     def test_between_events_too(self) -> None:
         go_on = asyncio.Event()
 

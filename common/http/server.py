@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 from common.errors import StartupError
 from common.http.protocol import BoundedProtocol
@@ -64,7 +64,7 @@ async def listening(
 
     async def first_requests() -> None:
         """Return once all who have a connection have sent a request on it, or had the time to."""
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             async with asyncio.timeout(REQUEST_SECONDS):
                 while any(
                     isinstance(one, BoundedProtocol) and not one.cycle for one in server.server_state.connections

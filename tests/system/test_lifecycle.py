@@ -94,11 +94,7 @@ def test_a_signal_ends_an_idle_program_with_0(
 def test_what_is_in_progress_is_finished_first(bare: Pipeline, running: dict[str, Process], program: str) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = [pool.submit(bare.ask, f"question {number}", max_tokens=150) for number in range(8)]
-        until(
-            lambda: (not all(answer.done() for answer in answers) and "request" in running["engine"].text) or True,
-            "work",
-        )
-        threading.Event().wait(0.5)
+        until(lambda: sum(worker["requests"] for worker in bare.workers()[0]) == 8, "work")
         running[program].signal(signal.SIGTERM)
         if program != "frontend":
             bare.wait_for_instances(**{program: 0})
@@ -113,7 +109,7 @@ def test_what_is_in_progress_is_finished_first(bare: Pipeline, running: dict[str
 def test_a_second_signal_does_not_wait(bare: Pipeline, running: dict[str, Process]) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(bare.ask, max_tokens=5000)
-        threading.Event().wait(0.5)
+        until(lambda: any(worker["requests"] for worker in bare.workers()[0]), "work")
         running["processor"].signal(signal.SIGTERM)
         bare.wait_for_instances(processor=0)
         running["processor"].signal(signal.SIGTERM)

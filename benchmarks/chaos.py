@@ -123,6 +123,8 @@ class Chaos:
                 await self._happen(fault)
         await asyncio.gather(*clients)
         last = time.monotonic()
+        if result.at and fault.startswith("stop"):  # what happens next is to meet a whole pipeline
+            await asyncio.sleep(max(began + result.at[-1] + self._args.stopped - last, 0))
         await self._until_calm(result.fault)
         result.calm = time.monotonic() - last
         return result

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 ANSWER_SECONDS = 0.5  # for a router to answer that decides nothing else either
 RESTART_SECONDS = 5.0  # to wait for a router that is restarting, if no worker is known
 REPLACE_SECONDS = 30.0  # to wait for another worker once all have failed a request: they may be restarting
+FORGIVE_SECONDS = 5.0  # after which one that has failed it is as good: NATS may have been away from all of them
 RETRY_SECONDS = 0.1
 QUIET_SECONDS = 2.0  # of a worker, after which routers are asked about it
 LOOK_SECONDS = 1.0  # between questions to routers
@@ -66,15 +67,17 @@ class Routers:
     async def _find_another(
         self, wanted: FindWorkerRequest, context: Context, stack: AsyncExitStack
     ) -> RoutingDecision:
-        deadline = asyncio.get_running_loop().time() + REPLACE_SECONDS
+        now = asyncio.get_running_loop().time
+        since, failed = now(), bool(wanted.excluded)
         while True:
             try:
                 return await self._find(wanted, context, stack)
             except Unavailable as error:
-                too_late = asyncio.get_running_loop().time() > deadline
-                if error.code != "no_worker" or not wanted.excluded or too_late:
+                if error.code != "no_worker" or not failed or now() > since + REPLACE_SECONDS:
                     raise
             await asyncio.sleep(RETRY_SECONDS)
+            if now() > since + FORGIVE_SECONDS:
+                wanted = wanted.model_copy(update={"excluded": []})
 
     async def _find(self, wanted: FindWorkerRequest, context: Context, stack: AsyncExitStack) -> RoutingDecision:
         now = asyncio.get_running_loop().time

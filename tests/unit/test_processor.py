@@ -509,6 +509,13 @@ class TestMigration:
         assert text(pipeline.ask()) == "ab"
         assert [wanted.excluded for wanted in pipeline.wanted] == [[], [1], [1]]
 
+    def test_or_one_that_has_failed_is_asked_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """None of them may have been at fault."""
+        monkeypatch.setattr("common.text.routers.FORGIVE_SECONDS", 0.2)
+        pipeline = Pipeline([output(A), DEAD])
+        pipeline.engines.handlers[1] = by_turns([output(A), DEAD], [output(B, finish_reason="stop")])
+        assert text(pipeline.ask()) == "ab"
+
     def test_but_not_by_one_that_has_not_begun(self) -> None:
         pipeline = Pipeline([output(A, finish_reason="stop")])
         pipeline.nobody_at = 1

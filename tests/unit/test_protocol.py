@@ -129,7 +129,7 @@ class Answer:
         while self.sent < self._megabytes:
             self.sent += 1
             await send({"type": "http.response.body", "body": b"a" * 2**20, "more_body": self.sent < self._megabytes})
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.01)
         await receive()  # the rest of the request
         await receive()
         self.disconnected.set()

@@ -126,10 +126,14 @@ class Answer:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        while self.sent < self._megabytes:
+        watching = asyncio.create_task(self._watch(receive))
+        while self.sent < self._megabytes and not self.disconnected.is_set():
             self.sent += 1
             await send({"type": "http.response.body", "body": b"a" * 2**20, "more_body": self.sent < self._megabytes})
             await asyncio.sleep(0.01)
+        await watching
+
+    async def _watch(self, receive: Any) -> None:
         await receive()  # the rest of the request
         await receive()
         self.disconnected.set()
@@ -162,8 +166,8 @@ def test_a_client_that_is_far_behind_an_answer_that_goes_on_is_hung_up_on() -> N
 
     async def scenario(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(BEGIN + b"\r\n")
+        await answer.disconnected.wait()
         with pytest.raises((ConnectionError, EOFError)):
-            await asyncio.sleep(2)
             await read(reader, 10**9)
 
     play(scenario, answer)

@@ -14,9 +14,8 @@ LOOK_SECONDS = 0.25  # between looks at a stream that is waited for
 Hopeless = Callable[[float, bool], str | None]
 
 
-class Asked(Generic[Item]):
-    """The answer to a question that many have: asked once for all who want to know, and again only if it is older than
-    they like."""
+class Question(Generic[Item]):
+    """What many want to know: asked once for all of them, and again only if the answer is older than they like."""
 
     def __init__(self, ask: Callable[[], Awaitable[Item]]) -> None:
         self._ask = ask

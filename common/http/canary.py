@@ -8,7 +8,7 @@ from typing import Any
 from common.errors import PipelineError
 from common.http.processors import Processors
 from common.openai_request import ChatCompletionRequest, CompletionRequest, GenerationRequest
-from common.patience import Asked
+from common.patience import Question
 from common.remote import Remote
 
 from dynamo.runtime import Context
@@ -26,11 +26,11 @@ class Canary:
         self._processors = processors
         self._remote = stage or complete
         self._stage = stage is not None
-        self._asked = Asked(self._ask_all)
+        self._faults = Question(self._ask_all)
 
     async def faults(self) -> list[str]:
         """What is wrong, model by model; nothing if every one that is served has answered."""
-        return await asyncio.shield(self._asked.within(FRESH_SECONDS))
+        return await asyncio.shield(self._faults.within(FRESH_SECONDS))
 
     async def _ask_all(self) -> list[str]:
         names = [card.id for card in await self._processors.models()]

@@ -54,7 +54,7 @@ async def listening(
 
     async def leave_port() -> None:
         await stopped()
-        listener.listen(0)  # who comes now gets no answer, and asks again in a second, who else listens to the port
+        listener.listen(0)  # who comes now is not let in, and tries again a second later, when others have the port
         await asyncio.sleep(ACCEPT_SECONDS)
         for listening in server.servers:
             listening.close()

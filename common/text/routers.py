@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextman
 from common import tracing
 from common.errors import Cancelled, Internal, PipelineError, Unavailable, Unreachable
 from common.messages import FindWorkerRequest, RouterStatus, RoutingDecision, WorkersRequest, WorkerStatus
-from common.patience import Asked, Hopeless
+from common.patience import Hopeless, Question
 from common.remote import Remote
 from common.text.limits import Limits
 
@@ -46,13 +46,13 @@ class Routers:
         self._instance_ids = instance_ids
         self._limits = limits
         self._answered: dict[int, float] = {}  # by router, when it last answered anything, on the loop's clock
-        self._there: dict[int, Asked[None]] = {}  # by router, whether it is
+        self._there: dict[int, Question[None]] = {}  # by router, whether it is
         self._known: dict[int, RoutingDecision] = {}  # by worker, the last decision for it
         self._requests = Counter[int]()  # by worker, those in progress there of which no router knows
         self._alone = False  # whether the log knows that no router answers
         self._silent: set[int] = set()  # workers that hang, and whose requests others could take
         self._heard: set[int] | None = None  # workers that routers had heard of at the last look, if any answered
-        self._look = Asked(self._ask_for_workers)
+        self._look = Question(self._ask_for_workers)
 
     @asynccontextmanager
     async def lease(self, wanted: FindWorkerRequest, context: Context) -> AsyncIterator[RoutingDecision]:
@@ -67,6 +67,7 @@ class Routers:
     async def _find_another(
         self, wanted: FindWorkerRequest, context: Context, stack: AsyncExitStack
     ) -> RoutingDecision:
+        """What `_find` finds; a request that has lost its worker waits for that if there is no other one."""
         now = asyncio.get_running_loop().time
         since, failed = now(), bool(wanted.excluded)
         while True:
@@ -138,7 +139,7 @@ class Routers:
                     await self._status.call(WorkersRequest(), router_id)
                     self._answered[router_id] = asyncio.get_running_loop().time()
 
-        self._there.setdefault(router_id, Asked(ask)).within(0.0)
+        self._there.setdefault(router_id, Question(ask)).within(0.0)
 
     def _by_load(self, wanted: FindWorkerRequest) -> RoutingDecision | None:
         """The known worker with the fewest requests of ours; the one of another answer to the prompt, if there is."""
